@@ -1,0 +1,164 @@
+"""Where a model keeps its decoder, vision tower and placeholder ids.
+
+Everything is found through the names that transformers 5 itself guarantees (`get_decoder`, `get_encoder`, `base_model`);
+a family that deviates gets one entry in a table here, never a branch elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reduction import UnsupportedError
+
+__all__ = ["Anatomy", "resolve"]
+
+_IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
+_VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
+_ATTENTION_NAMES = ("self_attn", "attn", "attention")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model that the engine and the methods need.
+
+    Attributes:
+        model: what the user handed over (with the language-model head, as a rule).
+        base: the module that computes image features and scatters them into the placeholder slots.
+        decoder: the text model; owns the layers and the rotary embedding.
+        layers: its decoder layers.
+        vision: the vision tower, None for a text-only decoder.
+        image_token_ids: placeholder ids of images and videos.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    decoder: nn.Module
+    layers: tuple[nn.Module, ...]
+    vision: nn.Module | None
+    image_token_ids: tuple[int, ...]
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the whole model."""
+        return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the decoder."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def heads(self) -> int:
+        """Query heads per decoder layer."""
+        return self.text_config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // self.heads
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary embedding (of the first layer type where layers differ)."""
+        parameters = getattr(self.text_config, "rope_parameters", None) or {}
+        if "rope_theta" not in parameters:
+            parameters = next((p for p in parameters.values() if isinstance(p, dict) and "rope_theta" in p), {})
+        return float(parameters.get("rope_theta", 10000.0))
+
+    @cached_property
+    def mrope(self) -> bool:
+        """Whether positions have several axes (Qwen-VL, GLM-4V): they cannot be renumbered on a line."""
+        return hasattr(self.base, "get_rope_index")
+
+    def attention(self, layer: int) -> nn.Module:
+        """Self-attention module of a decoder layer. Raises `UnsupportedError` if the layer has none."""
+        for name in _ATTENTION_NAMES:
+            module = getattr(self.layers[layer], name, None)
+            if module is not None:
+                return module
+        raise UnsupportedError(f"decoder layer {layer} ({type(self.layers[layer]).__name__}) has no attention to read")
+
+    def vision_attention(self) -> list[nn.Module]:
+        """Self-attention modules of the vision tower, in depth order."""
+        if self.vision is None:
+            raise UnsupportedError(f"{type(self.model).__name__} has no vision tower to read")
+        return [
+            module
+            for name, module in self.vision.named_modules()
+            if name.rpartition(".")[2] in _ATTENTION_NAMES and hasattr(module, "config") and hasattr(module, "is_causal")
+        ]
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Sliding window of a decoder layer in tokens, None where it attends to everything."""
+        return getattr(self.attention(layer), "sliding_window", None)
+
+    def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of a decoder layer for `positions` (B, n), each (B, n, d). Raises `UnsupportedError` without RoPE."""
+        module = getattr(self.decoder, "rotary_emb", None)
+        if module is None or self.mrope:
+            raise UnsupportedError(f"{type(self.decoder).__name__}: positions cannot be renumbered without 1-D RoPE")
+        if "layer_type" in inspect.signature(module.forward).parameters:
+            return module(hidden, positions, self.text_config.layer_types[layer])
+        return module(hidden, positions)
+
+    def embeds_placeholder(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+        """Placeholder slots by id, or by embedding where only embeddings are given: (B, S) bool."""
+        if input_ids is not None:
+            return torch.isin(input_ids, torch.tensor(self.image_token_ids, device=input_ids.device))
+        if inputs_embeds is None:
+            return None
+        table = self.model.get_input_embeddings().weight
+        found = [(inputs_embeds == table[i].to(inputs_embeds)).all(-1) for i in self.image_token_ids]
+        return torch.stack(found).any(0) if found else None
+
+
+def _first(config: Any, names: tuple[str, ...]) -> Iterator[int]:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            yield value
+            return
+
+
+def resolve(model: nn.Module, text_only: bool = False) -> Anatomy:
+    """Find the parts of a Hugging Face model.
+
+    Args:
+        model: a vision-language model, or any decoder with `text_only=True`.
+        text_only: the caller says himself which slots are visual, so no vision tower is needed.
+
+    Raises:
+        UnsupportedError: not a transformers decoder, or a model without images when `text_only` is False.
+    """
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(unwrapped).__name__
+    if not (hasattr(unwrapped, "get_decoder") and hasattr(unwrapped, "config") and hasattr(unwrapped, "base_model")):
+        raise UnsupportedError(f"{kind} is not a transformers model with a decoder; pass a Hugging Face VLM")
+    if getattr(unwrapped.config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{kind} is an encoder-decoder model; token reduction needs a decoder-only language model")
+    decoder = unwrapped.get_decoder()
+    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
+        decoder = decoder.model
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise UnsupportedError(f"{kind}: no list of decoder layers found in {type(decoder).__name__}")
+    vision = unwrapped.get_encoder(modality="image")
+    vision = None if vision is unwrapped or vision is decoder else vision
+    ids = (*_first(unwrapped.config, _IMAGE_TOKEN_NAMES), *_first(unwrapped.config, _VIDEO_TOKEN_NAMES))
+    if not text_only and (vision is None or not ids):
+        raise UnsupportedError(
+            f"{kind} takes no images, so there is nothing to reduce; "
+            "for your own VLM around a text decoder pass visual=BoolTensor (B, S)"
+        )
+    return Anatomy(unwrapped, unwrapped.base_model, decoder, tuple(decoder.layers), vision, ids)

@@ -1,0 +1,152 @@
+"""A KV-cache layer that stores few tokens but reports the logical length.
+
+Every mask builder of transformers and every length test of `generate()` asks the cache for its length. With the logical
+one, nothing outside the decoder layers can tell that tokens are missing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..reduction import UnsupportedError
+
+__all__ = ["LogicalLayer", "check_cache", "logical_layer", "physical_lengths"]
+
+
+class LogicalLayer(DynamicLayer):
+    """Stores the keys of the tokens that stayed; `n` stored of `total` logical ones.
+
+    Attributes:
+        kept: (B, n) logical slot of each stored key, -1 for a filler of a ragged batch.
+        count: (B, 1) tokens ever stored per row: the next position when positions are renumbered.
+        total: logical length, removed tokens included.
+        filled: whether any stored key may be a filler.
+        renumbered: whether positions in this layer are counted in stored tokens.
+    """
+
+    is_croppable = True
+
+    def __init__(self, sliding_window: int | None = None):
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.kept: Tensor | None = None
+        self.count: Tensor | None = None
+        self.total = 0
+        self.filled = False
+        self.renumbered = False
+        self.record_past = False
+        self._announced: tuple[Tensor, Tensor, int] | None = None
+
+    def announce(self, kept: Tensor, count: Tensor, length: int) -> None:
+        """Called before the layer runs: `kept` and `count` as they will be afterwards, and the logical length added."""
+        self._announced = (kept, count, length)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self._announced is None:
+            raise RuntimeError(
+                "this KV cache holds reduced prompts: use it only while the reduction that filled it is applied"
+            )
+        (self.kept, self.count, length), self._announced = self._announced, None
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.total += length
+        if not self.record_past:
+            self._evict()
+        return keys, values
+
+    def _evict(self) -> None:
+        # In stored order the window is never shorter than in logical order: what leaves is out of the window for sure.
+        if self.sliding_window is not None and self.kept is not None and self.kept.shape[1] >= self.sliding_window:
+            first = self.kept.shape[1] - (self.sliding_window - 1)
+            self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
+            self.kept = self.kept[:, first:]
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def get_seq_length(self) -> int:
+        return self.total
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.total + query_length, 0
+
+    def physical_length(self) -> int:
+        """Keys stored per row, fillers included."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.kept is None or self.count is None:
+            return
+        removed = abs(tokens_to_remove)
+        if removed:
+            gone = (self.kept >= self.total - removed).sum(1)
+            stored = int(gone.max())
+            if int(gone.min()) != stored or bool((self.kept[:, self.kept.shape[1] - stored :] < 0).any()):
+                raise UnsupportedError("the cache cannot be cropped into a reduced prompt")
+            if stored:
+                super().crop(-stored)
+                self.kept = self.kept[:, : self.kept.shape[1] - stored]
+                self.count = self.count - stored
+            self.total -= removed
+        self._evict()
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept, self.count, self.total, self.filled, self._announced = None, None, 0, False, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda t: t[indices])
+
+    def _rows(self, change) -> None:
+        if self.kept is not None and self.count is not None:
+            self.kept, self.count = change(self.kept), change(self.count)
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Refuse caches that cannot hold a different length per layer. Raises `UnsupportedError`."""
+    if cache is None:
+        return
+    if not isinstance(cache, DynamicCache):
+        raise UnsupportedError(
+            f"{type(cache).__name__} holds one length for all layers; use the default dynamic cache "
+            "(no cache_implementation=)"
+        )
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LogicalLayer):
+            raise UnsupportedError(f"a cache of {type(layer).__name__} cannot hold reduced prompts; use the dynamic cache")
+
+
+def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:
+    """The `LogicalLayer` at `layer`, put in place of a plain or sliding one; what that one holds is adopted."""
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer:
+        cache.layers.append(cache.layer_class_to_replicate())
+    current = cache.layers[layer]
+    if isinstance(current, LogicalLayer):
+        return current
+    new = LogicalLayer(getattr(current, "sliding_window", None))
+    new.record_past = getattr(current, "record_past", False)
+    total = current.get_seq_length()
+    if total:
+        rows, stored, device = current.keys.shape[0], current.keys.shape[-2], current.keys.device
+        new.lazy_initialization(current.keys, current.values)
+        new.keys, new.values, new.total = current.keys, current.values, total
+        new.kept = torch.arange(total - stored, total, device=device)[None].expand(rows, stored)
+        new.count = torch.full((rows, 1), total, device=device)
+    cache.layers[layer] = new
+    return new
+
+
+def physical_lengths(cache: Cache) -> list[int]:
+    """Keys really stored per layer."""
+    return [layer.keys.shape[-2] if getattr(layer, "keys", None) is not None else 0 for layer in cache.layers]

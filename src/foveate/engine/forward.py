@@ -1,0 +1,299 @@
+"""One forward pass of the decoder: which rows run in which layer, and what the methods decide on the way.
+
+A layer's pre-hook gathers the active rows (hidden states, cos/sin, mask), its post-hook writes them back into the frame
+by slot and asks the method at its stages. Removed slots freeze at their last value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..reduction import BEFORE_LAYERS, Decision, Reducer, Tap, UnsupportedError, View, VisionTap
+from .anatomy import Anatomy
+from .cache import LogicalLayer, logical_layer, physical_lengths
+from .frame import ActiveSet, put_rows, take_rope, take_rows
+from .layout import Layout
+from .masks import Reach, reduced_mask
+from .taps import choose_rows, read_rows
+from .trace import StageRecord, Trace
+
+__all__ = ["ForwardPass"]
+
+
+@dataclass
+class ForwardPass:
+    """State of one pass of `B` rows and `S` slots; it lives from the decoder's pre-hook to its post-hook.
+
+    Attributes:
+        visual: (B, P) bool for a prefill with images, else None. P <= S is the prompt: what follows it (candidates of
+            assisted decoding, tokens generated without a cache) is never shown to a method and never removed.
+        tokens: (B, S) bool, not padding.
+        past: logical length of the cache before this pass.
+        exclusive: tells the layers whose output nobody but us and the next layer can hold, so it may be overwritten.
+            Asked inside the decoder, where it is known whether somebody collects hidden states.
+        required: (B, S) bool slots that must stay whatever the method says, or None.
+    """
+
+    anatomy: Anatomy
+    reducer: Reducer
+    rows: int
+    length: int
+    past: int
+    tokens: Tensor
+    visual: Tensor | None = None
+    layout: Layout | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    vision: list[VisionTap] = field(default_factory=list)
+    cache: Cache | None = None
+    exclusive: Callable[[], frozenset[int]] = frozenset
+    required: Tensor | None = None
+
+    active: ActiveSet | None = None
+    trace: Trace | None = None
+    tap: Tap | None = None
+    first_frame: Tensor | None = None
+    _state: dict[str, Any] = field(default_factory=dict)
+    _memo: dict[Any, Any] = field(default_factory=dict)
+    _frame: Tensor | None = None
+    _mine: Tensor | None = None
+    _reach: Reach | None = None
+
+    def __post_init__(self) -> None:
+        self.stages = frozenset(self.reducer.stages) if self.visual is not None else frozenset()
+        self.renumber = self.reducer.positions != "keep"
+        self._keys_per_layer = [0] * self.anatomy.depth
+        if self.visual is not None:
+            self.trace = Trace(self.anatomy.depth, self.visual, self.tokens[:, : self.prompt], self.layout)
+
+    @property
+    def prompt(self) -> int:
+        """Slots of this pass that belong to the prompt."""
+        return self.length if self.visual is None else self.visual.shape[1]
+
+    # ------------------------------------------------------------------------------------------------- layers
+    def enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Before a decoder layer: hand it the rows that are left."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        given = hidden
+        if layer == 0 and BEFORE_LAYERS in self.stages:
+            hidden = self._decide(BEFORE_LAYERS, hidden)
+            if hidden is not given or self.active is not None:
+                self.first_frame = hidden
+        self._frame, self._reach = hidden, None
+        stored = self._stored(layer, kwargs.get("past_key_values"))
+        self._keys_per_layer[layer] = self.past + self.length
+        if self.active is None and stored is None:
+            return None if hidden is given else _with_hidden(args, kwargs, hidden)
+        changed = dict(kwargs)
+        reach = self._announce(layer, stored)
+        self._reach = reach
+        self._keys_per_layer[layer] = reach.keys.shape[1]
+        changed["attention_mask"] = self._mask(kwargs.get("attention_mask"), reach, hidden.dtype)
+        if "position_embeddings" in kwargs:
+            changed["position_embeddings"] = self._rope(layer, kwargs["position_embeddings"], hidden, stored)
+        if self.active is not None:
+            hidden = take_rows(hidden, self.active)
+            args, changed = args[:1] + tuple(map(self._take, args[1:])), self._take_others(changed)
+        return _with_hidden(args, changed, hidden)
+
+    def leave(self, layer: int, output: Any) -> Any:
+        """After a decoder layer: lay its rows out in the frame, ask the method. None leaves the output as it is."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        new = hidden
+        if self.active is not None and self._frame is not None:
+            new = put_rows(self._frame, self.active, hidden, in_place=self._frame is self._mine)
+            if "exclusive" not in self._memo:
+                self._memo["exclusive"] = self.exclusive()
+            self._mine = new if layer in self._memo["exclusive"] else None
+        self._frame = None
+        if layer in self.stages:
+            new = self._decide(layer, new)
+            self._mine = None  # the method may have kept what it saw
+        if new is hidden:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def finish(self) -> Trace | None:
+        """After the decoder: the completed trace of a prefill with images, else None."""
+        if self.trace is not None:
+            stored = physical_lengths(self.cache) if self.cache is not None else []
+            self.trace.kv_lengths = stored if any(stored) else self._keys_per_layer
+        return self.trace
+
+    # --------------------------------------------------------------------------------------- what a layer is handed
+    def _stored(self, layer: int, cache: Cache | None) -> LogicalLayer | None:
+        if cache is None:
+            return None
+        if self.active is not None:
+            stored = logical_layer(cache, layer)
+            stored.renumbered |= self.renumber
+            return stored
+        current = cache.layers[layer] if layer < len(cache.layers) else None
+        return current if isinstance(current, LogicalLayer) else None
+
+    def _announce(self, layer: int, stored: LogicalLayer | None) -> Reach:
+        """Slots of the queries and keys of this layer; tells its cache what is coming."""
+        window = self.anatomy.sliding_window(layer)
+        rows, valid, past = self._rows()
+        if stored is None:
+            keys = rows if valid is None else torch.where(valid, rows, -1)
+            return Reach(keys, rows, rows, valid, valid is not None, 0, self.length, window)
+        key = ("keys", id(stored.kept), stored.total)
+        if key not in self._memo:
+            new = rows + past if valid is None else torch.where(valid, rows + past, -1)
+            added = self.active.counts if self.active is not None else torch.full_like(rows[:, :1], self.length)
+            first = stored.kept is None or stored.count is None
+            kept = new if first else torch.cat([stored.kept, new], 1)
+            self._memo[key] = (kept, added if first else stored.count + added, stored.kept)
+        kept, count, _ = self._memo[key]
+        stored.announce(kept, count, self.length)
+        stored.filled |= valid is not None
+        queries = self._memo.setdefault(("queries", past), rows + past)
+        index = rows if self.active is not None else None
+        return Reach(kept, queries, index, valid, stored.filled, past, self.length, window)
+
+    def _rows(self) -> tuple[Tensor, Tensor | None, int]:
+        if self.active is not None:
+            return self.active.index, self.active.valid, self.past
+        if "rows" not in self._memo:
+            self._memo["rows"] = torch.arange(self.length, device=self.tokens.device).expand(self.rows, -1)
+        return self._memo["rows"], None, self.past
+
+    def _mask(self, mask: Any, reach: Reach, dtype: torch.dtype) -> Tensor | None:
+        key = ("mask", id(mask), id(reach.keys), reach.window)
+        if key not in self._memo:
+            implementation = getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager"
+            self._memo[key] = (reduced_mask(mask, reach, implementation, dtype), mask, reach.keys)
+        return self._memo[key][0]
+
+    def _rope(self, layer: int, rope: Any, hidden: Tensor, stored: LogicalLayer | None) -> Any:
+        counted = stored.renumbered if stored is not None else self.renumber
+        window = self.anatomy.sliding_window(layer)
+        if counted and window is not None and self.past + self.length > window:
+            raise UnsupportedError("renumbered positions do not go with a sliding window that is exceeded; use positions='keep'")
+        key = ("rope", id(rope[0] if isinstance(rope, tuple | list) else rope), id(stored.kept) if stored else None)
+        if key not in self._memo:
+            if counted:
+                new = self.anatomy.rotary(layer, hidden, self._counted_positions(stored).to(hidden.device))
+            else:
+                new = rope if self.active is None else take_rope(rope, self.active.index, self.length)
+            self._memo[key] = (new, rope, stored.kept if stored else None)
+        return self._memo[key][0]
+
+    def _counted_positions(self, stored: LogicalLayer | None) -> Tensor:
+        """Positions counted in stored tokens, (B, n): 0, 1, ... in the prefill, then each layer's own length."""
+        if self.active is None:
+            assert stored is not None
+            assert stored.count is not None
+            return stored.count + torch.arange(self.length, device=stored.count.device)
+        if self.past:
+            raise UnsupportedError(f"positions={self.reducer.positions!r} on a continued cache; use positions='keep'")
+        rank = torch.arange(self.active.size, device=self.active.index.device) - self.active.size
+        return (rank + self.active.counts).clamp_min(0)
+
+    def _take(self, value: Any) -> Any:
+        if self.active is not None and isinstance(value, Tensor) and value.shape[:2] == (self.rows, self.length):
+            return take_rows(value, self.active)
+        return value
+
+    def _take_others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        assert self.active is not None
+        done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values")
+        taken = {name: value if name in done else self._take(value) for name, value in kwargs.items()}
+        if taken.get("position_ids") is not None:
+            # RoPE is in position_embeddings already; FlashAttention would read gaps in the ids as packed sequences.
+            ids = torch.arange(self.active.size, device=self.active.index.device)
+            taken["position_ids"] = self._memo.setdefault("ids", ids.expand(self.rows, -1))
+        return taken
+
+    # ------------------------------------------------------------------------------------------------- decisions
+    def listen(self, layer: int, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> None:
+        """Attention of a tapped decoder layer passes: read the rows its stage asks for."""
+        if layer not in self.stages or self.visual is None:
+            return
+        spec = self.reducer.taps[layer]
+        wanted = choose_rows(spec, self._active()[:, : self.prompt], self.visual, self._state)
+        wanted = _widen(wanted, self.length, False)
+        rows, valid, past = self._rows()
+        reach = self._reach
+        if reach is None:
+            total = past + self.length
+            keys = torch.arange(total - key.shape[2], total, device=rows.device).expand(self.rows, -1)
+            reach = Reach(keys, rows + past, None, valid, False, past, self.length, None)
+        self.tap = read_rows(spec, wanted, rows, reach, query, key, mask, kwargs)
+
+    def _active(self) -> Tensor:
+        return self.tokens if self.active is None else self.active.keep
+
+    def _decide(self, stage: int, hidden: Tensor) -> Tensor:
+        """Ask the method, carry out what it says, write it down. Returns the frame (a new one if tokens were merged)."""
+        assert self.visual is not None
+        assert self.trace is not None
+        prompt, tap, self.tap = self.prompt, self.tap, None
+        active = self._active()[:, :prompt]
+        view = View(
+            stage, hidden[:, :prompt], active, self.visual, self.tokens[:, :prompt], tap, self.vision, self.layout,
+            self.info, self._state,
+        )  # fmt: skip
+        decision = self.reducer.decide(view)
+        if decision is None:
+            decision = Decision()
+        if decision.slots is not None:
+            hidden = self._overwrite(hidden, decision)
+        if decision.keep is not None:
+            self._remove(_checked_keep(decision.keep, active))
+        record = StageRecord(stage, self._active()[:, :prompt], decision.origin, decision.scores)
+        self.trace.records.append(record)
+        return hidden
+
+    def _overwrite(self, hidden: Tensor, decision: Decision) -> Tensor:
+        slots, values = decision.slots, decision.values
+        if slots is None or values is None or values.shape[:2] != slots.shape:
+            raise ValueError("Decision(slots=(B, m), values=(B, m, D)): both are needed, with the same B and m")
+        # Padding (-1) rewrites the last slot of the prompt with what is there; no method merges into it.
+        last = self.prompt - 1
+        padding = (slots < 0)[..., None]
+        values = torch.where(padding, hidden[:, last : last + 1], values.to(hidden.dtype))
+        index = torch.where(slots < 0, last, slots)[..., None].expand_as(values)
+        return hidden.scatter(1, index, values)
+
+    def _remove(self, keep: Tensor) -> None:
+        keep = _widen(keep, self.length, True) & self._active()
+        if self.required is not None:
+            keep = keep | (self.required & self._active())
+        last = self.tokens & (self.tokens.flip(1).cumsum(1).flip(1) == 1)
+        count, gone = keep.sum(1), self._active() & ~keep
+        # The one device sync of a stage.
+        shortest, longest, removed, last_gone = torch.stack(
+            [count.min(), count.max(), gone.any().long(), (gone & last).any().long()]
+        ).tolist()
+        if not removed:
+            return  # not even padding is dropped: bitwise the unreduced model
+        if last_gone:
+            raise ValueError("a decision removed the last token of a row; its logits are needed")
+        self.active, self._memo = ActiveSet.of(keep, shortest, longest), {}
+
+
+def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _widen(mask: Tensor, length: int, value: bool) -> Tensor:
+    missing = length - mask.shape[1]
+    return mask if missing == 0 else nn.functional.pad(mask, (0, missing), value=value)
+
+
+def _checked_keep(keep: Tensor, active: Tensor) -> Tensor:
+    if keep.shape != active.shape or keep.dtype != torch.bool:
+        raise ValueError(
+            f"Decision.keep must be a BoolTensor {tuple(active.shape)}, got {keep.dtype} {tuple(keep.shape)}"
+        )
+    return keep.to(active.device)

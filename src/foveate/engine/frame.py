@@ -1,0 +1,98 @@
+"""The full frame: a hidden state of the prompt's whole length, of which a layer runs only the active rows.
+
+Rows are copied whole (`index_select`, `index_copy`): several times cheaper than gather and scatter with an index
+expanded over the hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.select import true_indices
+from ..reduction import UnsupportedError
+
+__all__ = ["ActiveSet", "put_rows", "take_rope", "take_rows"]
+
+
+@dataclass(frozen=True)
+class ActiveSet:
+    """The slots of a frame (B, S, D) that are still computed; rows of a ragged batch are right-aligned.
+
+    Attributes:
+        keep: (B, S) bool.
+        index: (B, n) slot of each row that runs; a filler points at an inactive slot of its own row.
+        valid: (B, n) bool, False for fillers; None if there are none.
+    """
+
+    keep: Tensor
+    index: Tensor
+    valid: Tensor | None
+    _on: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, keep: Tensor, shortest: int, longest: int) -> ActiveSet:
+        """From a mask (B, S) whose rows have `shortest` to `longest` True slots."""
+        index, valid = true_indices(keep, longest)
+        return cls(keep, index, None if shortest == longest else valid)
+
+    @property
+    def size(self) -> int:
+        """Rows that run per sample, fillers included."""
+        return self.index.shape[1]
+
+    def flat(self, device: torch.device) -> Tensor:
+        """(B * n,) rows of the frame seen as (B * S, D)."""
+        if device not in self._on:
+            batch, length = self.keep.shape
+            offset = torch.arange(0, batch * length, length, device=self.index.device)[:, None]
+            self._on[device] = (self.index + offset).reshape(-1).to(device)
+        return self._on[device]
+
+    @property
+    def counts(self) -> Tensor:
+        """(B, 1) tokens that run in each sample."""
+        return self.keep.sum(1, keepdim=True)
+
+
+def take_rows(frame: Tensor, active: ActiveSet) -> Tensor:
+    """(B, S, ...) -> (B, n, ...)."""
+    rows = frame.reshape(-1, *frame.shape[2:]).index_select(0, active.flat(frame.device))
+    return rows.view(*active.index.shape, *frame.shape[2:])
+
+
+def put_rows(frame: Tensor, active: ActiveSet, rows: Tensor, in_place: bool) -> Tensor:
+    """Write rows (B, n, D) back into a frame (B, S, D); in place only where nobody else holds the frame."""
+    index, rows = active.flat(rows.device), rows.reshape(-1, rows.shape[-1])
+    if in_place:
+        frame.view(-1, frame.shape[-1]).index_copy_(0, index, rows)
+        return frame
+    frame = frame.to(rows.device)
+    return frame.reshape(-1, frame.shape[-1]).index_copy(0, index, rows).view(frame.shape)
+
+
+def take_rope(rope: Any, index: Tensor, length: int) -> Any:
+    """cos/sin of the active rows, in whatever shape the family hands them to its layers.
+
+    Args:
+        rope: a tensor or a tuple of tensors, (B or 1, S, d), or (axes, B, S, d) for un-mixed M-RoPE.
+        index: (B, n) slots.
+        length: S.
+    """
+    if isinstance(rope, tuple | list):
+        return type(rope)(take_rope(part, index, length) for part in rope)
+    if not isinstance(rope, Tensor):
+        return rope
+    index = index.to(rope.device)
+    batch, n = index.shape
+    if rope.dim() == 3 and rope.shape[1] == length:
+        if rope.shape[0] == 1:
+            return rope[0].index_select(0, index.reshape(-1)).view(batch, n, -1)
+        return rope.gather(1, index[..., None].expand(batch, n, rope.shape[-1]))
+    if rope.dim() == 4 and rope.shape[2] == length:
+        full = rope.expand(rope.shape[0], batch, *rope.shape[2:])
+        return full.gather(2, index[None, :, :, None].expand(rope.shape[0], batch, n, rope.shape[-1]))
+    raise UnsupportedError(f"position embeddings of shape {tuple(rope.shape)} cannot be reduced")

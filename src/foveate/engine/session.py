@@ -1,0 +1,321 @@
+"""`apply`: a method goes into a model, and comes out again without a trace.
+
+Official forward hooks on the decoder and its layers, instance attributes over three methods of the model
+(`generate`, `get_placeholder_mask`, `get_*_features`) and attention taps; `Session.remove` takes all of them back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError, VisionTap
+from .anatomy import Anatomy, resolve
+from .cache import LogicalLayer, check_cache
+from .forward import ForwardPass
+from .layout import build_layout
+from .taps import AttentionTap, read_vision
+from .trace import Trace
+
+try:  # private: asked only whether somebody collects hidden states in this call
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # pragma: no cover
+    _active_collector = None
+
+__all__ = ["Session", "apply"]
+
+_MARK = "_foveate_session"
+
+
+def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -> Session:
+    """Reduce the visual tokens of a model, until the returned session is left or removed.
+
+    Example:
+        with foveate.apply(model, foveate.SparseVLM(keep=192)) as session:
+            output = model.generate(**inputs)
+
+    Args:
+        model: any Hugging Face vision-language model; with `visual`, any Hugging Face decoder.
+        reducer: the method.
+        visual: (B, S) bool, the visual slots of the prompt, for a VLM of your own around a text decoder that is fed
+            with `inputs_embeds`.
+
+    Returns:
+        The session; a context manager. `session.trace` describes the last prefill.
+
+    Raises:
+        UnsupportedError: the model has no images to reduce, has a session already, or cannot do what the method asks.
+        OptionError: the method asks for a layer that the model does not have.
+    """
+    return Session(model, reducer, visual=visual)
+
+
+class Session:
+    """One method at work in one model. Made by `apply`; not thread-safe."""
+
+    def __init__(self, model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None):
+        if not (hasattr(reducer, "decide") and hasattr(reducer, "stages")):
+            raise OptionError(f"{type(reducer).__name__} is not a Reducer: it needs stages and decide(view)")
+        if visual is not None and not (isinstance(visual, Tensor) and visual.dtype == torch.bool and visual.dim() == 2):
+            raise OptionError("visual= must be a BoolTensor (B, S)")
+        anatomy = resolve(model, text_only=visual is not None)
+        if _MARK in anatomy.decoder.__dict__:
+            raise UnsupportedError("a session is applied to this model already; remove it first, or use foveate.Chain")
+        reducer.prepare(anatomy)
+        _check(reducer, anatomy)
+        self.anatomy, self.reducer, self.given = anatomy, reducer, visual
+        self.trace: Trace | None = None
+        self._handles: list[Any] = []
+        self._taps: list[AttentionTap] = []
+        self._patched: list[tuple[nn.Module, str]] = []
+        self._pass: ForwardPass | None = None
+        self._placeholders: Tensor | None = None
+        self._labels: Tensor | None = None
+        self._prompt: int | None = None
+        self._called: dict[str, Any] = {}
+        self._features: dict[str, Any] = {}
+        self._vision: list[VisionTap] = []
+        self._installed = False
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the model back as it was. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for tap in self._taps:
+            tap.remove()
+        for module, name in self._patched:
+            module.__dict__.pop(name, None)
+        self._handles, self._taps, self._patched = [], [], []
+        self._pass, self._features, self._called, self._vision = None, {}, {}, []
+        if self._installed:
+            self.anatomy.decoder.__dict__.pop(_MARK, None)
+            self._installed = False
+
+    # ------------------------------------------------------------------------------------------------ installing
+    def _install(self) -> None:
+        parts, hook = self.anatomy, self._handles.append
+        parts.decoder.__dict__[_MARK] = self
+        self._installed = True
+        hook(parts.model.register_forward_pre_hook(self._model_called, with_kwargs=True))
+        if parts.base is not parts.model:
+            hook(parts.base.register_forward_pre_hook(self._base_called, with_kwargs=True))
+        hook(parts.decoder.register_forward_pre_hook(self._decoder_called, with_kwargs=True))
+        hook(parts.decoder.register_forward_hook(self._decoder_done, always_call=True))
+        for i, layer in enumerate(parts.layers):
+            enter, leave = functools.partial(self._layer_called, i), functools.partial(self._layer_done, i)
+            hook(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            # First in line, so that every other hook sees the full frame.
+            hook(layer.register_forward_hook(leave, prepend=True))
+        self._ours = {handle.id for handle in self._handles}
+        for i in self.reducer.taps:
+            self._taps.append(AttentionTap(parts.attention(i), functools.partial(self._attending, i)))
+        if self.reducer.vision_taps:
+            modules = parts.vision_attention()
+            for i, kind in self.reducer.vision_taps.items():
+                self._taps.append(AttentionTap(modules[i], functools.partial(self._vision_attending, i, kind)))
+        self._patch(parts.model, "generate", self._watch_generate)
+        self._patch(parts.base, "get_placeholder_mask", self._watch_placeholders)
+        for name in ("get_image_features", "get_video_features"):
+            self._patch(parts.base, name, self._watch_features)
+
+    def _patch(self, module: nn.Module, name: str, watch: Callable[[Callable], Callable]) -> None:
+        method = getattr(module, name, None)
+        if method is None or name in module.__dict__:
+            return
+        # functools.wraps keeps the signature, which generate() inspects to find out what to pass.
+        module.__dict__[name] = functools.wraps(method)(watch(method))
+        self._patched.append((module, name))
+
+    # ---------------------------------------------------------------------------------------- what the model is asked
+    def _watch_generate(self, generate: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else next(
+                (kwargs[n] for n in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(n) is not None), None
+            )  # fmt: skip
+            self._prompt = given.shape[1] if isinstance(given, Tensor) else None
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._prompt = None
+
+        return watched
+
+    def _watch_placeholders(self, get_placeholder_mask: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            found = get_placeholder_mask(*args, **kwargs)
+            for mask in found if isinstance(found, tuple) else (found,):
+                if mask is not None:
+                    slots = mask[..., 0] if mask.dim() == 3 else mask
+                    self._placeholders = slots if self._placeholders is None else self._placeholders | slots
+            return found
+
+        return watched
+
+    def _watch_features(self, get_features: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._vision = []
+            features = get_features(*args, **kwargs)
+            self._features.update({name: value for name, value in kwargs.items() if not name.startswith("pixel")})
+            self._features["image_features"] = getattr(features, "pooler_output", features)
+            return features
+
+        return watched
+
+    def _model_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._labels = kwargs.get("labels")
+        if module is self.anatomy.base:
+            self._base_called(module, args, kwargs)
+
+    def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._placeholders, self._pass = None, None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._called = {name: value for name, value in kwargs.items() if not name.startswith("pixel")}
+        self._called["input_ids"] = ids
+        self._called["pixel_shapes"] = {n: tuple(v.shape) for n, v in kwargs.items() if n.startswith("pixel") and v is not None}
+        images = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
+        if self.given is None and not hasattr(self.anatomy.base, "get_placeholder_mask"):
+            if any(kwargs.get(name) is not None for name in images):
+                self._placeholders = self.anatomy.embeds_placeholder(ids, kwargs.get("inputs_embeds"))
+
+    # ------------------------------------------------------------------------------------------------- the decoder
+    def _decoder_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._pass = None
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+        if inputs is None:
+            return
+        rows, length = inputs.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        visual = self._visual_slots(rows, length, past)
+        if visual is None:
+            reduced = cache is not None and any(isinstance(layer, LogicalLayer) for layer in getattr(cache, "layers", ()))
+            if reduced:
+                tokens = torch.ones(rows, length, dtype=torch.bool, device=inputs.device)
+                self._pass = ForwardPass(self.anatomy, self.reducer, rows, length, past, tokens, cache=cache)
+            return
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("token reduction depends on the data; call the model without torch.compile")
+        check_cache(cache)
+        visual = visual.to(inputs.device)
+        info = {**self._features, **{name: value for name, value in self._called.items() if value is not None}}
+        self._pass = ForwardPass(
+            self.anatomy, self.reducer, rows, length, past, self._tokens(kwargs, rows, length, inputs.device), visual,
+            build_layout(self.anatomy, visual, info), info, self._vision, cache, self._exclusive,
+            self._required(visual, length),
+        )  # fmt: skip
+
+    def _visual_slots(self, rows: int, length: int, past: int) -> Tensor | None:
+        """(B, P) bool for a prefill with images, cut to the prompt; else None."""
+        if self.given is not None:
+            if past:
+                return None
+            if self.given.shape[1] > length or rows % self.given.shape[0]:
+                raise UnsupportedError(
+                    f"visual= is {tuple(self.given.shape)}, but the decoder was called with ({rows}, {length}) slots"
+                )
+            return self.given.repeat_interleave(rows // self.given.shape[0], 0)
+        slots = self._placeholders
+        if slots is None or slots.shape != (rows, length) or not bool(slots.any()):
+            return None
+        prompt = length
+        if self._prompt is not None:
+            prompt = min(length, self._prompt - past if self._prompt > past else self._prompt)
+        return slots[:, :prompt]
+
+    def _tokens(self, kwargs: dict[str, Any], rows: int, length: int, device: torch.device) -> Tensor:
+        """(B, S) bool, not padding, from the 2-D attention mask the model or the decoder was called with."""
+        for mask in (self._called.get("attention_mask"), kwargs.get("attention_mask")):
+            if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= length:
+                return mask[:, -length:].bool().to(device)
+        return torch.ones(rows, length, dtype=torch.bool, device=device)
+
+    def _required(self, visual: Tensor, length: int) -> Tensor | None:
+        """Slots from which a label is predicted must stay: (B, S) bool, None without labels."""
+        labels = self._labels
+        if not isinstance(labels, Tensor) or labels.shape[1] != length:
+            return None
+        learnt = labels.to(visual.device) != -100
+        if bool((learnt & visual).any()):
+            raise ValueError("labels on image placeholders: set them to -100, the model cannot learn to predict them")
+        return nn.functional.pad(learnt[:, 1:], (0, 1))
+
+    def _exclusive(self) -> frozenset[int]:
+        """Layers whose output only the next layer will see: their frame may be overwritten by it."""
+        collector = _active_collector.get() if _active_collector is not None else {"hidden_states": []}
+        watched_by_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        if torch.is_grad_enabled() or watched_by_all or (collector is not None and "hidden_states" in collector):
+            return frozenset()
+        layers = self.anatomy.layers
+        return frozenset(i for i in range(len(layers) - 1) if not (self._watched(layers[i]) or self._watched(layers[i + 1])))
+
+    def _watched(self, layer: nn.Module) -> bool:
+        hooks = {**layer._forward_hooks, **layer._forward_pre_hooks}
+        # transformers leaves its recorder installed after the first use; whether it listens was asked above.
+        return any(
+            key not in self._ours and getattr(hook, "__name__", "") != "output_capturing_hook" for key, hook in hooks.items()
+        )
+
+    def _decoder_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        done, self._pass, self._placeholders = self._pass, None, None
+        if done is None or done.trace is None or output is None:
+            return None
+        self.trace = done.finish()
+        states = getattr(output, "hidden_states", None)
+        if states and done.first_frame is not None and states[0].shape[1] != done.length:
+            # transformers records what layer 0 was given; callers expect the whole prompt there.
+            output.hidden_states = (done.first_frame, *states[1:])
+        return None
+
+    # --------------------------------------------------------------------------------------------------- the layers
+    def _layer_called(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return None if self._pass is None else self._pass.enter(layer, module, args, kwargs)
+
+    def _layer_done(self, layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        return None if self._pass is None else self._pass.leave(layer, output)
+
+    def _attending(self, layer: int, *call: Any) -> None:
+        if self._pass is not None:
+            self._pass.listen(layer, *call)
+
+    def _vision_attending(
+        self, layer: int, kind: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> None:
+        self._vision.append(read_vision(layer, kind, query, key, kwargs.get("scaling")))
+
+
+def _check(reducer: Reducer, anatomy: Anatomy) -> None:
+    """Refuse layers that do not exist and positions that cannot be renumbered."""
+    kind, depth = type(reducer).__name__, anatomy.depth
+    for stage in reducer.stages:
+        if not BEFORE_LAYERS <= stage < depth:
+            raise OptionError(f"{kind}: stage {stage} does not exist, the decoder has {depth} layers (0 to {depth - 1})")
+    for layer in reducer.taps:
+        if layer not in reducer.stages or layer < 0:
+            raise OptionError(f"{kind}: a tap in layer {layer} needs a stage after that layer")
+    if reducer.positions not in ("keep", "compact", "renumber"):
+        raise OptionError(f"{kind}: positions={reducer.positions!r}; use 'keep', 'compact' or 'renumber'")
+    if reducer.positions == "keep":
+        return
+    if reducer.positions == "compact" and any(stage != BEFORE_LAYERS for stage in reducer.stages):
+        raise UnsupportedError("positions='compact' is defined only for removal before layer 0 (stages = [-1])")
+    if anatomy.mrope or not hasattr(anatomy.decoder, "rotary_emb"):
+        raise UnsupportedError(
+            f"{type(anatomy.model).__name__}: positions={reducer.positions!r} needs one-axis RoPE; use positions='keep'"
+        )

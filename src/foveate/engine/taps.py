@@ -1,0 +1,142 @@
+"""Reading attention as it passes, with whatever implementation the model runs (SDPA, FlashAttention, eager).
+
+One attention module at a time is routed through a registered wrapper of its own implementation: only `module.config`
+is replaced, by a shallow copy, so the mask builders keep seeing the real implementation's name.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..ops.attention import attention_received, attention_rows
+from ..ops.select import true_indices
+from ..reduction import Tap, TapSpec, UnsupportedError, VisionTap
+from .masks import Reach
+
+__all__ = ["AttentionTap", "choose_rows", "read_rows", "read_vision"]
+
+_PREFIX = "foveate_tap:"
+_LISTENER = "_foveate_tap"
+
+
+def _wrapper(real: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args, **kwargs):
+    listener = module.__dict__.get(_LISTENER)
+    if listener is not None:
+        listener(module, query, key, mask, kwargs)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(real, None)
+    if attention is None:  # eager attention lives in each modelling file
+        attention = sys.modules[type(module).__module__].eager_attention_forward
+    return attention(module, query, key, value, mask, *args, **kwargs)
+
+
+class AttentionTap:
+    """Call `listener(module, query, key, mask, kwargs)` whenever `module` attends, until `remove()`."""
+
+    def __init__(self, module: nn.Module, listener: Callable[..., None]):
+        real = module.config._attn_implementation or "eager"
+        name = _PREFIX + real
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(_wrapper, real))
+        self.module, self.original = module, module.config
+        routed = copy.copy(module.config)
+        routed._attn_implementation_internal = name
+        module.config = routed
+        module.__dict__[_LISTENER] = listener
+
+    def remove(self) -> None:
+        """Give the module its own config back."""
+        self.module.config = self.original
+        del self.module.__dict__[_LISTENER]
+
+
+def choose_rows(spec: TapSpec, active: Tensor, visual: Tensor, state: dict[str, Any]) -> Tensor:
+    """Which slots a tap reads: (B, S) bool among the active ones.
+
+    Args:
+        spec: what was asked for.
+        active: (B, S) bool.
+        visual: (B, S) bool.
+        state: of the view, for `queries` given as a function.
+    """
+    queries = spec.queries(state) if callable(spec.queries) else spec.queries
+    if isinstance(queries, Tensor):
+        return queries.to(active.device) & active
+    text = active & ~visual
+    if queries == "text":
+        return text
+    slots = torch.arange(active.shape[1], device=active.device)
+    if queries == "last":
+        return slots == (active * slots).amax(1, keepdim=True)
+    if queries == "text_after":
+        return text & (slots > (visual * slots).amax(1, keepdim=True))
+    raise UnsupportedError(f"TapSpec(queries={queries!r}): use 'last', 'text', 'text_after', a BoolTensor or a function")
+
+
+def read_rows(
+    spec: TapSpec, wanted: Tensor, index: Tensor, reach: Reach, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Tap:
+    """The attention rows of the wanted slots.
+
+    Args:
+        spec: what was asked for.
+        wanted: (B, S) bool, slots of the rows.
+        index: (B, n) slot of each query of this layer.
+        reach: who may look at whom.
+        query: (B, H, n, d) after RoPE.
+        key: (B, Hkv, N, d).
+        mask: the layer's own mask, as handed to its attention.
+        kwargs: of the attention call (scaling, softcap, sliding_window).
+    """
+    chosen = wanted.gather(1, index)
+    if reach.valid is not None:
+        chosen = chosen & reach.valid
+    count = int(chosen.sum(1).max())
+    rows, row_valid = true_indices(chosen, count)
+    slots = index.gather(1, rows)
+    allowed, bias = _visibility(mask, rows, slots + reach.past, reach, kwargs.get("sliding_window"))
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    weights = attention_rows(query, key, rows, allowed, bias, scaling, kwargs.get("softcap"))
+    if spec.heads == "mean":
+        weights = weights.mean(1)
+    picked = None
+    if spec.keep_qk:
+        picked = query.gather(2, rows[:, None, :, None].expand(*query.shape[:2], count, query.shape[-1]))
+    keys = torch.where(reach.keys < 0, -1, reach.keys - reach.past)
+    return Tap(weights, row_valid, slots, keys, picked, key if spec.keep_qk else None)
+
+
+def _visibility(
+    mask: Any, rows: Tensor, row_slots: Tensor, reach: Reach, window: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        batch, n_keys = reach.keys.shape
+        mask = mask.expand(batch, mask.shape[1], mask.shape[2], n_keys)
+        mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], rows.shape[1], n_keys))
+        return (mask, None) if mask.dtype == torch.bool else (None, mask)
+    allowed = (reach.keys >= 0)[:, None] & (reach.keys[:, None] <= row_slots[..., None])
+    if window is not None:
+        allowed = allowed & (row_slots[..., None] - reach.keys[:, None] < window)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        allowed = allowed & mask[:, None].bool()
+    return allowed, None
+
+
+def read_vision(layer: int, kind: str, query: Tensor, key: Tensor, scaling: float | None) -> VisionTap:
+    """The CLS row, or the attention received, of one call of a vision attention module (`query`, `key`: (images, H, N, d))."""
+    scaling = scaling or query.shape[-1] ** -0.5
+    if kind == "cls":
+        rows = query.new_zeros(query.shape[0], 1, dtype=torch.long)
+        weights = attention_rows(query, key, rows, None, None, scaling, None)[:, :, 0]
+    elif kind == "received":
+        weights = attention_received(query, key, scaling)
+    else:
+        raise UnsupportedError(f"vision tap {kind!r}: use 'cls' or 'received'")
+    return VisionTap(layer, weights, key)

@@ -1,0 +1,234 @@
+"""A model that answers: loading, prompts, batches of equal shape, greedy generation."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .data import Sample
+
+__all__ = ["VLM", "Answers", "Batch", "ModelError", "answer", "batches", "load", "prefill_seconds"]
+
+ZOO = "zoo:"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded or cannot see images. The message names it."""
+
+
+@dataclass
+class VLM:
+    """A vision-language model with its processor, in eval mode.
+
+    Attributes:
+        name: as the user gave it.
+        model: any `*ForConditionalGeneration` of transformers.
+        processor: its processor; pads on the left.
+    """
+
+    name: str
+    model: nn.Module
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    def prompt(self, question: str) -> str:
+        """One user turn with one image, ready for generation.
+
+        The processor's chat template writes it; a processor without one gets LLaVA-1.5's form,
+        `USER: <image>\\n{question} ASSISTANT:`, with the processor's own image token.
+        """
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        else:
+            image_token = getattr(self.processor, "image_token", None) or "<image>"
+            text = f"{self.tokenizer.bos_token or ''}USER: {image_token}\n{question} ASSISTANT:"
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos) and self.tokenizer("x").input_ids[:1] == [self.tokenizer.bos_token_id]:
+            text = text.removeprefix(bos)  # this tokenizer adds it by itself
+        return text
+
+    def inputs(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Model kwargs for a batch of samples, on the model's device; prompts padded on the left."""
+        encoded = self.processor(
+            images=[sample.image for sample in samples],
+            text=[self.prompt(sample.question) for sample in samples],
+            return_tensors="pt",
+            padding=len(samples) > 1,
+        )
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            encoded.pop("token_type_ids", None)  # some tokenizers return them to models that refuse them
+        floating = next(self.model.parameters())
+        return {
+            key: value.to(floating.device, floating.dtype if value.is_floating_point() else None)
+            for key, value in encoded.items()
+        }
+
+
+@dataclass
+class Batch:
+    """Samples whose prompts have the same shape.
+
+    Attributes:
+        indices: where the samples stand in the list they were drawn from.
+        inputs: model kwargs, (B, S) and so on.
+    """
+
+    indices: list[int]
+    samples: list[Sample]
+    inputs: dict[str, torch.Tensor]
+
+
+def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu") -> VLM:
+    """Load a model and its processor. Code from a repository is never run.
+
+    Args:
+        name: `zoo:NAME` (shipped in the package), a local folder, or a Hub id.
+        dtype: of the weights.
+        device: where to put them.
+
+    Raises:
+        ModelError: nothing there, unreadable, or a model that takes no images.
+    """
+    source = _locate(name)
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype}: known are {', '.join(_DTYPES)}")
+    with _quiet():
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            config = AutoConfig.from_pretrained(source)
+            if type(config) not in AutoModelForImageTextToText._model_mapping:
+                raise ModelError(f"model {name}: a {config.model_type!r} model takes no images, so nothing can be reduced")
+            model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=_DTYPES[dtype])
+            processor = AutoProcessor.from_pretrained(source)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            if isinstance(error, ModelError):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelError(f"model {name}: cannot be loaded ({reason[:300]})") from error
+    if not hasattr(processor, "image_processor"):
+        raise ModelError(f"model {name}: has no image processor beside its tokenizer")
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return VLM(name, model.eval().to(device), processor)
+
+
+def _locate(name: str) -> str:
+    """Folder or Hub id to load from. Raises `ModelError` early, before transformers retries a Hub it cannot reach."""
+    if name.startswith(ZOO):
+        from .. import zoo
+
+        try:
+            return str(zoo.path(name.removeprefix(ZOO)))
+        except (KeyError, ValueError, OSError) as error:
+            raise ModelError(f"model {name}: {error.args[-1] if error.args else 'not in the zoo'}") from error
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {name}: no config.json in that folder")
+        return str(path)
+    if path.exists():
+        raise ModelError(f"model {name}: a file; give the folder it lies in")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"model {name}: no such folder")
+    import huggingface_hub
+
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            huggingface_hub.HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the HTTP library's own classes, which differ between versions of huggingface_hub
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {name}: no such folder, and not to be had from the Hub ({reason})") from error
+    return name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars where nobody watches them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def batches(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[Batch]:
+    """Batches of at most `size` samples of equal shape: no row is padded, none computes for nothing.
+
+    Prompts of equal token count about images of equal size have equal shape for every processor.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        length = len(vlm.tokenizer(vlm.prompt(sample.question)).input_ids)
+        groups.setdefault((length, sample.image.size), []).append(index)
+    for indices in groups.values():
+        for start in range(0, len(indices), size):
+            chosen = indices[start : start + size]
+            rows = [samples[i] for i in chosen]
+            yield Batch(chosen, rows, vlm.inputs(rows))
+
+
+@dataclass
+class Answers:
+    """What was said to a batch.
+
+    Attributes:
+        texts: one answer per row.
+        log_probs: (B, vocabulary) float32, natural log, of the first generated token.
+    """
+
+    texts: list[str]
+    log_probs: torch.Tensor
+
+
+@torch.inference_mode()
+def answer(vlm: VLM, inputs: dict[str, torch.Tensor], max_new_tokens: int = 8) -> Answers:
+    """Greedy answers to a batch. Whatever is applied to the model takes part."""
+    generated = vlm.model.generate(  # type: ignore[operator]
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=vlm.tokenizer.pad_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = generated.sequences[:, inputs["input_ids"].shape[1] :]
+    texts = vlm.processor.batch_decode(new, skip_special_tokens=True)
+    return Answers([text.strip() for text in texts], generated.logits[0].float().log_softmax(-1))
+
+
+@torch.inference_mode()
+def prefill_seconds(vlm: VLM, inputs: dict[str, torch.Tensor]) -> float:
+    """Seconds of one prefill, vision tower included, of whatever is applied to the model."""
+    if inputs["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    vlm.model(**inputs, use_cache=True, logits_to_keep=1)
+    if inputs["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

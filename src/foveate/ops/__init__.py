@@ -1,0 +1,1 @@
+"""Mathematics: pure functions of tensors. No model, no hook, no state."""

@@ -1,0 +1,98 @@
+"""FastV: after an early layer, keep the visual tokens that the last prompt token attends to most.
+
+Paper: "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764 (ECCV 2024). Official code: pkunlp-icler/FastV @
+d1659729, `src/FastV/lmms-eval/fastv_kvcache.py` (no licence; re-implemented from the formulas). This is its KV-cache
+version: the ranking is made once, in the prefill. (The older masking version ranks anew at every generated token.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ..ops.select import top_k_mask
+from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, register
+from ._layers import check_layer, resolve_layer
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["FastV"]
+
+
+@register(
+    "fastv",
+    MethodInfo(
+        paper="arXiv 2403.06764", acts="after an early decoder layer", needs="attention of the last token", text_guided=True
+    ),
+)
+@dataclass
+class FastV(Reducer):
+    """Keep the visual tokens with the highest attention from the last prompt token, averaged over the heads.
+
+    The attention is that of decoder layer `layer - 1` (softmax over all tokens, not only the visual ones). Kept tokens
+    keep their positions; a sample keeps at least one visual token.
+
+    Args:
+        keep: visual tokens per image (int), or their fraction (float in (0, 1]), that stay from `layer` on. This is how
+            FastV's budgets are quoted; averaged over all layers more than `keep` are computed, because the first `layer`
+            layers see every token (LLaVA-1.5-7B: 192 after layer 2 of 32 are 216 on average).
+        layer: K, the first decoder layer (counted from 0) that runs on fewer tokens: an int from 1 on, or a float in
+            (0, 1), a fraction of the depth. The paper's default is 2.
+        average: "after_layer": `keep` as above. "all_layers": `keep` is the mean of the visual tokens that enter the
+            decoder layers, so that fewer than `keep` stay from `layer` on. Where even one token is too many for that
+            mean, one stays, and `Trace.mean_visual_tokens` says what the mean became.
+        faithful: the official file's rounding, int(visual tokens * `keep`) for a fraction. Its constants (35 and 576:
+            start and length of LLaVA-1.5's image) are replaced by the slots the image really has.
+
+    Raises:
+        BudgetError: bad `keep`.
+        OptionError: bad `layer` or `average`; `layer` beyond the depth of the model, or a fraction that cannot be met
+            with `average="all_layers"`, when applied.
+    """
+
+    keep: int | float
+    layer: int | float = 2
+    average: Literal["after_layer", "all_layers"] = "after_layer"
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        self._budget = Budget(self.keep)
+        check_layer(self.layer, first=1)
+        if self.average not in ("after_layer", "all_layers"):
+            raise OptionError(f"average={self.average!r}: use 'after_layer' or 'all_layers'")
+        if self.faithful and self.average != "after_layer":
+            raise OptionError("average='all_layers' is not in the official code; it cannot go with faithful=True")
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        self._depth = anatomy.depth
+        self._first = resolve_layer(self.layer, anatomy.depth, first=1)
+        self.stages = (self._first - 1,)
+        self.taps = {self._first - 1: TapSpec(queries="last", heads="mean")}
+        fraction = self._budget.keep
+        if self.average == "all_layers" and isinstance(fraction, float) and fraction * self._depth <= self._first:
+            raise OptionError(
+                f"keep={self.keep} as a mean over {self._depth} layers cannot be met: the first {self._first} see all tokens; "
+                "choose a smaller layer"
+            )
+
+    def _counts(self, visual: Tensor, images: Tensor) -> Tensor:
+        """(B,) visual tokens that stay of `visual` (B,) ones."""
+        keep = self._budget.keep
+        if self.faithful and isinstance(keep, float):
+            return (visual.double() * keep).long()
+        if self.average == "after_layer":
+            return self._budget.per_row(visual, images)
+        mean = torch.minimum(images * keep, visual).double() if isinstance(keep, int) else visual.double() * keep
+        rest = (mean * self._depth - visual * self._first) / (self._depth - self._first)
+        return torch.minimum(rest.round().long().clamp_min(1), visual)
+
+    def decide(self, view: View) -> Decision:
+        assert view.tap is not None  # asked for in `prepare`
+        scores = view.tap.per_slot(view.active.shape[1])
+        eligible = view.active_visual
+        chosen = top_k_mask(scores, eligible, self._counts(eligible.sum(1), view.images))
+        return Decision(keep=view.active & (chosen | ~view.visual), scores=scores)

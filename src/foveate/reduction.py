@@ -1,0 +1,337 @@
+"""The vocabulary of Foveate: what a method sees, what it answers, and how methods are found by name.
+
+Lives here: `Reducer`, `View`, `Tap`, `Decision`, `Budget`, the registry and the errors. Nothing here knows a model or
+a hook; the engine (`foveate.engine`) builds the views and carries out the decisions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .engine.anatomy import Anatomy
+    from .engine.layout import Layout
+
+__all__ = [
+    "BEFORE_LAYERS",
+    "Budget",
+    "BudgetError",
+    "Decision",
+    "MethodInfo",
+    "OptionError",
+    "Positions",
+    "Reducer",
+    "Tap",
+    "TapSpec",
+    "UnsupportedError",
+    "View",
+    "VisionTap",
+    "build",
+    "info",
+    "names",
+    "register",
+]
+
+BEFORE_LAYERS = -1
+"""The stage before decoder layer 0. Stage `i >= 0` is "after decoder layer `i`"."""
+
+Positions = Literal["keep", "compact", "renumber"]
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+class UnsupportedError(RuntimeError):
+    """This model, cache or combination cannot be served. The message says what can."""
+
+
+class BudgetError(ValueError):
+    """`keep` is not a positive number of tokens nor a fraction in (0, 1]."""
+
+
+class OptionError(ValueError):
+    """A method was asked for by an unknown name or with an unknown or impossible option."""
+
+
+# ------------------------------------------------------------------------------------------------------- budget
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens may stay: an int (tokens per image) or a float in (0, 1] (fraction of the visual tokens)."""
+
+    keep: int | float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", self._check(self.keep))
+
+    @staticmethod
+    def _check(keep: Any) -> int | float:
+        problem = f"keep={keep!r}: give a number of tokens (an int >= 1) or a fraction (a float in (0, 1])"
+        if isinstance(keep, bool | str | bytes) or keep is None:
+            raise BudgetError(problem)
+        try:
+            value = keep.item() if hasattr(keep, "item") else keep
+            if isinstance(value, bool):
+                raise BudgetError(problem)
+            if isinstance(value, int):
+                if value < 1:
+                    raise BudgetError(problem)
+                return value
+            value = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BudgetError(problem) from error
+        if not (math.isfinite(value) and 0.0 < value <= 1.0):
+            raise BudgetError(problem)
+        return value
+
+    @classmethod
+    def parse(cls, text: str | int | float) -> Budget:
+        """From a command line: "192" is a count, "0.22" a fraction. Raises `BudgetError`."""
+        if not isinstance(text, str):
+            return cls(text)
+        try:
+            return cls(int(text))
+        except BudgetError:
+            raise BudgetError(f"keep={text}: a count must be at least 1") from None
+        except ValueError:
+            pass
+        try:
+            return cls(float(text))
+        except ValueError:
+            raise BudgetError(
+                f"keep={text}: give a number of tokens (an int >= 1) or a fraction (a float in (0, 1])"
+            ) from None
+
+    def of(self, tokens: int, images: int = 1) -> int:
+        """Tokens that stay of `tokens` visual ones in `images` images: at least 1, at most all (0 of none)."""
+        wanted = self.keep * images if isinstance(self.keep, int) else round(self.keep * tokens)
+        return min(tokens, max(1, wanted))
+
+    def per_row(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """Row-wise `of`, on the device: `tokens`, `images` LongTensor (B,) -> LongTensor (B,)."""
+        wanted = images * self.keep if isinstance(self.keep, int) else (tokens.double() * self.keep).round().long()
+        return torch.minimum(wanted.clamp_min(1), tokens)
+
+
+# ------------------------------------------------------------------------------------------------- what is read
+@dataclass(frozen=True)
+class TapSpec:
+    """What to read in the attention of a decoder layer, for the decision of the stage after that layer.
+
+    Attributes:
+        queries: which rows. `"last"`: the last prompt token; `"text"`: every token that is not visual; `"text_after"`:
+            text after the last visual token of its row; a BoolTensor (B, S); or a function of `View.state` that returns
+            one (for rows chosen at an earlier stage).
+        heads: `"mean"` averages the heads, `"none"` hands them over one by one.
+        keep_qk: also hand over the queries of the rows and all keys, after RoPE.
+    """
+
+    queries: str | Tensor | Callable[[dict[str, Any]], Tensor] = "last"
+    heads: Literal["mean", "none"] = "mean"
+    keep_qk: bool = False
+
+
+@dataclass
+class Tap:
+    """Attention rows as read: softmax over *all* keys of the layer, with the layer's own mask, in float32.
+
+    Attributes:
+        weights: (B, R, N), or (B, H, R, N) with `heads="none"`.
+        row_valid: (B, R) bool; False marks padding of a row list shorter than the longest in the batch.
+        query_slots: (B, R) sequence slot of each row.
+        key_slots: (B, N) sequence slot of each key; -1 marks a filler, negative slots an earlier turn.
+        query: (B, H, R, d) or None.  key: (B, Hkv, N, d) or None.
+    """
+
+    weights: Tensor
+    row_valid: Tensor
+    query_slots: Tensor
+    key_slots: Tensor
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+    def to_slots(self, weights: Tensor, length: int) -> Tensor:
+        """Spread the last axis (N keys) of `weights` (B, ..., N) over sequence slots: (B, ..., length); 0 where no key is."""
+        index = torch.where((self.key_slots < 0) | (self.key_slots >= length), length, self.key_slots)
+        index = index.reshape(index.shape[0], *([1] * (weights.dim() - 2)), index.shape[-1]).expand_as(weights)
+        out = weights.new_zeros(*weights.shape[:-1], length + 1)
+        return out.scatter(-1, index, weights)[..., :length]
+
+    def mean_over_rows(self) -> Tensor:
+        """Mean over the valid rows: (B, N), or (B, H, N) with `heads="none"`."""
+        valid = self.row_valid.to(self.weights.dtype)
+        valid = valid[:, None, :, None] if self.weights.dim() == 4 else valid[:, :, None]
+        return (self.weights * valid).sum(-2) / valid.sum(-2).clamp_min(1)
+
+    def per_slot(self, length: int) -> Tensor:
+        """`mean_over_rows` by sequence slot: (B, length) or (B, H, length)."""
+        return self.to_slots(self.mean_over_rows(), length)
+
+
+@dataclass
+class VisionTap:
+    """What was read in one call of one attention module of the vision tower.
+
+    Attributes:
+        layer: index into the tower's attention modules, as asked for (may be negative).
+        weights: (images, H, N): the CLS row, or the attention each token receives, averaged over the queries. Float32.
+        key: (images, H, N, d).
+    """
+
+    layer: int
+    weights: Tensor
+    key: Tensor
+
+
+# ----------------------------------------------------------------------------------------- what is seen and answered
+@dataclass
+class View:
+    """What a method sees at a stage. `B` rows, `S` prompt slots, `D` hidden size.
+
+    Only the prompt is shown: speculated candidates and tokens already generated are never part of a view.
+
+    Attributes:
+        stage: -1 before layer 0, i after layer i.
+        hidden: (B, S, D) hidden states by slot; removed slots hold their last value.
+        active: (B, S) bool, tokens still there.
+        visual: (B, S) bool, slots of visual tokens (constant over the pass).
+        tokens: (B, S) bool, not padding.
+        tap: rows read in the layer of this stage, if asked for.
+        vision: what was read in the vision tower, in call order.
+        layout: which slot is which patch of which image.
+        info: what the model was called with (`input_ids`, grids, image sizes, ...).
+        state: a method's own scratch space, fresh for each prefill.
+    """
+
+    stage: int
+    hidden: Tensor
+    active: Tensor
+    visual: Tensor
+    tokens: Tensor
+    tap: Tap | None = None
+    vision: list[VisionTap] = field(default_factory=list)
+    layout: Layout | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def active_visual(self) -> Tensor:
+        """(B, S) bool: visual tokens, merged ones included, that are still there."""
+        return self.active & self.visual
+
+    @property
+    def images(self) -> Tensor:
+        """(B,) number of images in each row (1 where the layout is not known and there is a visual token)."""
+        if self.layout is not None:
+            return self.layout.image_counts.to(self.visual.device)
+        return self.visual.any(1).long()
+
+
+@dataclass
+class Decision:
+    """A method's answer.
+
+    Attributes:
+        keep: (B, S) bool, slots that stay; ANDed with what is still active. None: nothing is removed.
+        slots: (B, m) long, slots whose state is overwritten (merged tokens). -1 marks padding of a shorter row.
+        values: (B, m, D), the new states.
+        origin: (B, S) long, for every slot the slot that carries its content from now on, -1 if it is dropped. Only for
+            the record (pictures); without it every kept slot carries itself.
+        scores: (B, S) float, for the record.
+    """
+
+    keep: Tensor | None = None
+    slots: Tensor | None = None
+    values: Tensor | None = None
+    origin: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class Reducer:
+    """A method: it says where it acts and what it reads, and decides what stays.
+
+    Subclass it with the attributes below and `decide`; no `super().__init__()` is needed, and one instance may be
+    applied many times.
+    """
+
+    stages: Sequence[int] = ()
+    taps: Mapping[int, TapSpec] = {}
+    vision_taps: Mapping[int, str] = {}
+    """Attention modules of the vision tower to read: {layer: "cls" | "received"}, negative layers count from the end."""
+    positions: Positions = "keep"
+
+    name: ClassVar[str] = ""
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        """Called once by `foveate.apply`: turn fractions into layer numbers, refuse what cannot work."""
+
+    def decide(self, view: View) -> Decision | None:
+        """Answer for one stage; None leaves everything as it is."""
+        raise NotImplementedError(f"{type(self).__name__} must define decide(view)")
+
+
+# ----------------------------------------------------------------------------------------------------- registry
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of `foveate methods`."""
+
+    paper: str
+    acts: str
+    needs: str = "nothing"
+    text_guided: bool = False
+
+
+_R = TypeVar("_R", bound=type[Reducer])
+_METHODS: dict[str, tuple[type[Reducer], MethodInfo]] = {}
+
+
+def register(name: str, info: MethodInfo) -> Callable[[_R], _R]:
+    """Class decorator: make a method known by `name` to `build`, the command line and the servers."""
+
+    def add(cls: _R) -> _R:
+        if name in _METHODS:
+            raise OptionError(f"method {name!r} is registered already, by {_METHODS[name][0].__qualname__}")
+        cls.name = name
+        _METHODS[name] = (cls, info)
+        return cls
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """Names of the known methods, sorted."""
+    return tuple(sorted(_METHODS))
+
+
+def _find(name: str) -> tuple[type[Reducer], MethodInfo]:
+    if name not in _METHODS:
+        raise OptionError(f"unknown method {name!r}; known: {', '.join(names())}")
+    return _METHODS[name]
+
+
+def info(name: str) -> MethodInfo:
+    """Paper, place and needs of a method. Raises `OptionError` for an unknown name."""
+    return _find(name)[1]
+
+
+def options(name: str) -> dict[str, Any]:
+    """Options of a method with their defaults (`dataclasses.MISSING` where one must be given)."""
+    cls = _find(name)[0]
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
+
+
+def build(name: str, **chosen: Any) -> Reducer:
+    """A method by name, e.g. `build("sparsevlm", keep=192)`. Raises `OptionError`, `BudgetError`."""
+    cls = _find(name)[0]
+    known = options(name)
+    unknown = [option for option in chosen if option not in known]
+    if known and unknown:
+        raise OptionError(f"{name} has no option {unknown[0]!r}; it has: {', '.join(known)}")
+    missing = [k for k, default in known.items() if default is dataclasses.MISSING and k not in chosen]
+    if missing:
+        raise OptionError(f"{name} needs {missing[0]}=")
+    return cls(**chosen)

@@ -301,7 +301,7 @@ def spread_weights(model: torch.nn.Module, seed: int = 0, gain: float = 1.2) -> 
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "embed" in name and "patch" not in name:
-                parameter.copy_(noise * 0.3)
+                parameter.copy_(noise * 0.1)
             elif parameter.dim() >= 2:
                 parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)
             elif "bias" in name or "newline" in name or "class_embedding" in name:
@@ -345,8 +345,8 @@ def inputs(
     """
     family = _FAMILIES[name]
     per_row = [images] * batch if isinstance(images, int) else list(images)
-    pixels = family.pixels(sum(per_row))
-    lengths = iter(_features_per_image(model, pixels) if sum(per_row) else [])
+    pixels = _arrange(name, family.pixels(sum(per_row)), per_row) if sum(per_row) else {}
+    lengths = iter(_features_per_image(model, pixels) if pixels else [])
     generator = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> list[int]:
@@ -360,7 +360,7 @@ def inputs(
             row += [IMAGE_START, *image, IMAGE_END] if family.brackets else image
             row += words(after + 2 * b)
         rows.append(row)
-    return {**_arrange(name, pixels, per_row), **_pad_left(name, rows)}
+    return {**pixels, **_pad_left(name, rows)}
 
 
 def _arrange(name: str, pixels: dict[str, Tensor], per_row: list[int]) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class OptionError(ValueError):
 # ------------------------------------------------------------------------------------------------------- budget
 @dataclass(frozen=True)
 class Budget:
-    """How many visual tokens may stay: an int (tokens per image) or a float in (0, 1] (fraction of the visual tokens)."""
+    """How many visual tokens may stay: an int (tokens per image) or a float in (0, 1] (fraction of all of them)."""
 
     keep: int | float
 
@@ -155,7 +155,7 @@ class Tap:
     key: Tensor | None = None
 
     def to_slots(self, weights: Tensor, length: int) -> Tensor:
-        """Spread the last axis (N keys) of `weights` (B, ..., N) over sequence slots: (B, ..., length); 0 where no key is."""
+        """Spread the last axis of `weights` (B, ..., N) over sequence slots: (B, ..., length), 0 where no key is."""
         index = torch.where((self.key_slots < 0) | (self.key_slots >= length), length, self.key_slots)
         index = index.reshape(index.shape[0], *([1] * (weights.dim() - 2)), index.shape[-1]).expand_as(weights)
         out = weights.new_zeros(*weights.shape[:-1], length + 1)
@@ -261,7 +261,7 @@ class Reducer:
     stages: Sequence[int] = ()
     taps: Mapping[int, TapSpec] = {}
     vision_taps: Mapping[int, str] = {}
-    """Attention modules of the vision tower to read: {layer: "cls" | "received"}, negative layers count from the end."""
+    """What to read in the vision tower: {attention layer: "cls" | "received"}; negative layers count from the end."""
     positions: Positions = "keep"
 
     name: ClassVar[str] = ""

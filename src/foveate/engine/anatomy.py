@@ -1,7 +1,7 @@
 """Where a model keeps its decoder, vision tower and placeholder ids.
 
-Everything is found through the names that transformers 5 itself guarantees (`get_decoder`, `get_encoder`, `base_model`);
-a family that deviates gets one entry in a table here, never a branch elsewhere.
+Everything is found through the names that transformers 5 itself guarantees (`get_decoder`, `get_encoder`,
+`base_model`); a family that deviates gets one entry in a table here, never a branch elsewhere.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Anatomy:
         image_token_ids: placeholder ids of images and videos.
     """
 
-    model: nn.Module
-    base: nn.Module
-    decoder: nn.Module
+    model: Any
+    base: Any
+    decoder: Any
     layers: tuple[nn.Module, ...]
     vision: nn.Module | None
     image_token_ids: tuple[int, ...]
@@ -97,15 +97,16 @@ class Anatomy:
         return [
             module
             for name, module in self.vision.named_modules()
-            if name.rpartition(".")[2] in _ATTENTION_NAMES and hasattr(module, "config") and hasattr(module, "is_causal")
+            if name.rpartition(".")[2] in _ATTENTION_NAMES and hasattr(module, "config")
         ]
 
-    def sliding_window(self, layer: int) -> int | None:
-        """Sliding window of a decoder layer in tokens, None where it attends to everything."""
-        return getattr(self.attention(layer), "sliding_window", None)
+    @cached_property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """Sliding window of each decoder layer in tokens, None where it attends to everything."""
+        return tuple(getattr(self.attention(layer), "sliding_window", None) for layer in range(self.depth))
 
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of a decoder layer for `positions` (B, n), each (B, n, d). Raises `UnsupportedError` without RoPE."""
+        """cos and sin of a decoder layer at `positions` (B, n): (B, n, d) each. `UnsupportedError` without 1-D RoPE."""
         module = getattr(self.decoder, "rotary_emb", None)
         if module is None or self.mrope:
             raise UnsupportedError(f"{type(self.decoder).__name__}: positions cannot be renumbered without 1-D RoPE")
@@ -113,7 +114,7 @@ class Anatomy:
             return module(hidden, positions, self.text_config.layer_types[layer])
         return module(hidden, positions)
 
-    def embeds_placeholder(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+    def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
         """Placeholder slots by id, or by embedding where only embeddings are given: (B, S) bool."""
         if input_ids is not None:
             return torch.isin(input_ids, torch.tensor(self.image_token_ids, device=input_ids.device))
@@ -142,12 +143,16 @@ def resolve(model: nn.Module, text_only: bool = False) -> Anatomy:
     Raises:
         UnsupportedError: not a transformers decoder, or a model without images when `text_only` is False.
     """
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped: Any = model
+    if hasattr(unwrapped, "get_base_model"):  # peft
+        unwrapped = unwrapped.get_base_model()
     kind = type(unwrapped).__name__
     if not (hasattr(unwrapped, "get_decoder") and hasattr(unwrapped, "config") and hasattr(unwrapped, "base_model")):
         raise UnsupportedError(f"{kind} is not a transformers model with a decoder; pass a Hugging Face VLM")
     if getattr(unwrapped.config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{kind} is an encoder-decoder model; token reduction needs a decoder-only language model")
+        raise UnsupportedError(
+            f"{kind} is an encoder-decoder model; token reduction needs a decoder-only language model"
+        )
     decoder = unwrapped.get_decoder()
     while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
         decoder = decoder.model

@@ -58,8 +58,10 @@ class LogicalLayer(DynamicLayer):
 
     def _evict(self) -> None:
         # In stored order the window is never shorter than in logical order: what leaves is out of the window for sure.
-        if self.sliding_window is not None and self.kept is not None and self.kept.shape[1] >= self.sliding_window:
-            first = self.kept.shape[1] - (self.sliding_window - 1)
+        if self.sliding_window is None or self.kept is None or self.keys is None or self.values is None:
+            return
+        first = self.kept.shape[1] - (self.sliding_window - 1)
+        if first > 0:
             self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
             self.kept = self.kept[:, first:]
 
@@ -74,7 +76,7 @@ class LogicalLayer(DynamicLayer):
 
     def physical_length(self) -> int:
         """Keys stored per row, fillers included."""
-        return self.keys.shape[-2] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[-2]
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.kept is None or self.count is None:
@@ -96,7 +98,7 @@ class LogicalLayer(DynamicLayer):
         super().reset()
         self.kept, self.count, self.total, self.filled, self._announced = None, None, 0, False, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
@@ -124,7 +126,9 @@ def check_cache(cache: Cache | None) -> None:
         )
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LogicalLayer):
-            raise UnsupportedError(f"a cache of {type(layer).__name__} cannot hold reduced prompts; use the dynamic cache")
+            raise UnsupportedError(
+                f"a cache of {type(layer).__name__} cannot hold reduced prompts; use the dynamic cache"
+            )
 
 
 def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:
@@ -134,19 +138,21 @@ def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:
     current = cache.layers[layer]
     if isinstance(current, LogicalLayer):
         return current
+    assert isinstance(current, DynamicLayer)  # check_cache has seen to it
     new = LogicalLayer(getattr(current, "sliding_window", None))
     new.record_past = getattr(current, "record_past", False)
-    total = current.get_seq_length()
-    if total:
-        rows, stored, device = current.keys.shape[0], current.keys.shape[-2], current.keys.device
-        new.lazy_initialization(current.keys, current.values)
-        new.keys, new.values, new.total = current.keys, current.values, total
-        new.kept = torch.arange(total - stored, total, device=device)[None].expand(rows, stored)
-        new.count = torch.full((rows, 1), total, device=device)
+    total, keys, values = current.get_seq_length(), current.keys, current.values
+    if total and keys is not None and values is not None:
+        rows, stored = keys.shape[0], keys.shape[-2]
+        new.lazy_initialization(keys, values)
+        new.keys, new.values, new.total = keys, values, total
+        new.kept = torch.arange(total - stored, total, device=keys.device)[None].expand(rows, stored)
+        new.count = torch.full((rows, 1), total, device=keys.device)
     cache.layers[layer] = new
     return new
 
 
 def physical_lengths(cache: Cache) -> list[int]:
     """Keys really stored per layer."""
-    return [layer.keys.shape[-2] if getattr(layer, "keys", None) is not None else 0 for layer in cache.layers]
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return [0 if stored is None or stored.dim() < 2 else stored.shape[-2] for stored in keys]

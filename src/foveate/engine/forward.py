@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import DynamicCache
 
 from ..reduction import BEFORE_LAYERS, Decision, Reducer, Tap, UnsupportedError, View, VisionTap
 from .anatomy import Anatomy
@@ -50,7 +50,7 @@ class ForwardPass:
     layout: Layout | None = None
     info: dict[str, Any] = field(default_factory=dict)
     vision: list[VisionTap] = field(default_factory=list)
-    cache: Cache | None = None
+    cache: DynamicCache | None = None
     exclusive: Callable[[], frozenset[int]] = frozenset
     required: Tensor | None = None
 
@@ -127,7 +127,7 @@ class ForwardPass:
         return self.trace
 
     # --------------------------------------------------------------------------------------- what a layer is handed
-    def _stored(self, layer: int, cache: Cache | None) -> LogicalLayer | None:
+    def _stored(self, layer: int, cache: DynamicCache | None) -> LogicalLayer | None:
         if cache is None:
             return None
         if self.active is not None:
@@ -139,7 +139,7 @@ class ForwardPass:
 
     def _announce(self, layer: int, stored: LogicalLayer | None) -> Reach:
         """Slots of the queries and keys of this layer; tells its cache what is coming."""
-        window = self.anatomy.sliding_window(layer)
+        window = self.anatomy.sliding_windows[layer]
         rows, valid, past = self._rows()
         if stored is None:
             keys = rows if valid is None else torch.where(valid, rows, -1)
@@ -148,9 +148,10 @@ class ForwardPass:
         if key not in self._memo:
             new = rows + past if valid is None else torch.where(valid, rows + past, -1)
             added = self.active.counts if self.active is not None else torch.full_like(rows[:, :1], self.length)
-            first = stored.kept is None or stored.count is None
-            kept = new if first else torch.cat([stored.kept, new], 1)
-            self._memo[key] = (kept, added if first else stored.count + added, stored.kept)
+            if stored.kept is None or stored.count is None:
+                self._memo[key] = (new, added, None)
+            else:
+                self._memo[key] = (torch.cat([stored.kept, new], 1), stored.count + added, stored.kept)
         kept, count, _ = self._memo[key]
         stored.announce(kept, count, self.length)
         stored.filled |= valid is not None
@@ -174,9 +175,11 @@ class ForwardPass:
 
     def _rope(self, layer: int, rope: Any, hidden: Tensor, stored: LogicalLayer | None) -> Any:
         counted = stored.renumbered if stored is not None else self.renumber
-        window = self.anatomy.sliding_window(layer)
+        window = self.anatomy.sliding_windows[layer]
         if counted and window is not None and self.past + self.length > window:
-            raise UnsupportedError("renumbered positions do not go with a sliding window that is exceeded; use positions='keep'")
+            raise UnsupportedError(
+                "renumbered positions do not go with an exceeded sliding window; use positions='keep'"
+            )
         key = ("rope", id(rope[0] if isinstance(rope, tuple | list) else rope), id(stored.kept) if stored else None)
         if key not in self._memo:
             if counted:
@@ -232,7 +235,7 @@ class ForwardPass:
         return self.tokens if self.active is None else self.active.keep
 
     def _decide(self, stage: int, hidden: Tensor) -> Tensor:
-        """Ask the method, carry out what it says, write it down. Returns the frame (a new one if tokens were merged)."""
+        """Ask the method, carry out what it says, write it down. Returns the frame, a new one if tokens merged."""
         assert self.visual is not None
         assert self.trace is not None
         prompt, tap, self.tap = self.prompt, self.tap, None

@@ -22,9 +22,9 @@ from .taps import AttentionTap, read_vision
 from .trace import Trace
 
 try:  # private: asked only whether somebody collects hidden states in this call
-    from transformers.utils.output_capturing import _active_collector
+    from transformers.utils.output_capturing import _active_collector as _collector
 except ImportError:  # pragma: no cover
-    _active_collector = None
+    _collector: Any = None  # type: ignore[no-redef]
 
 __all__ = ["Session", "apply"]
 
@@ -186,11 +186,13 @@ class Session:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._called = {name: value for name, value in kwargs.items() if not name.startswith("pixel")}
         self._called["input_ids"] = ids
-        self._called["pixel_shapes"] = {n: tuple(v.shape) for n, v in kwargs.items() if n.startswith("pixel") and v is not None}
+        self._called["pixel_shapes"] = {
+            n: tuple(v.shape) for n, v in kwargs.items() if n.startswith("pixel") and v is not None
+        }
         images = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
-        if self.given is None and not hasattr(self.anatomy.base, "get_placeholder_mask"):
-            if any(kwargs.get(name) is not None for name in images):
-                self._placeholders = self.anatomy.embeds_placeholder(ids, kwargs.get("inputs_embeds"))
+        unseen = self.given is None and not hasattr(self.anatomy.base, "get_placeholder_mask")
+        if unseen and any(kwargs.get(name) is not None for name in images):
+            self._placeholders = self.anatomy.find_placeholders(ids, kwargs.get("inputs_embeds"))
 
     # ------------------------------------------------------------------------------------------------- the decoder
     def _decoder_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -205,7 +207,9 @@ class Session:
         past = int(cache.get_seq_length()) if cache is not None else 0
         visual = self._visual_slots(rows, length, past)
         if visual is None:
-            reduced = cache is not None and any(isinstance(layer, LogicalLayer) for layer in getattr(cache, "layers", ()))
+            reduced = cache is not None and any(
+                isinstance(layer, LogicalLayer) for layer in getattr(cache, "layers", ())
+            )
             if reduced:
                 tokens = torch.ones(rows, length, dtype=torch.bool, device=inputs.device)
                 self._pass = ForwardPass(self.anatomy, self.reducer, rows, length, past, tokens, cache=cache)
@@ -258,18 +262,21 @@ class Session:
 
     def _exclusive(self) -> frozenset[int]:
         """Layers whose output only the next layer will see: their frame may be overwritten by it."""
-        collector = _active_collector.get() if _active_collector is not None else {"hidden_states": []}
+        collected = _collector.get() if _collector is not None else {"hidden_states": []}
         watched_by_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-        if torch.is_grad_enabled() or watched_by_all or (collector is not None and "hidden_states" in collector):
+        if torch.is_grad_enabled() or watched_by_all or "hidden_states" in (collected or ()):
             return frozenset()
         layers = self.anatomy.layers
-        return frozenset(i for i in range(len(layers) - 1) if not (self._watched(layers[i]) or self._watched(layers[i + 1])))
+        return frozenset(
+            i for i in range(len(layers) - 1) if not (self._watched(layers[i]) or self._watched(layers[i + 1]))
+        )
 
     def _watched(self, layer: nn.Module) -> bool:
         hooks = {**layer._forward_hooks, **layer._forward_pre_hooks}
         # transformers leaves its recorder installed after the first use; whether it listens was asked above.
         return any(
-            key not in self._ours and getattr(hook, "__name__", "") != "output_capturing_hook" for key, hook in hooks.items()
+            key not in self._ours and getattr(hook, "__name__", "") != "output_capturing_hook"
+            for key, hook in hooks.items()
         )
 
     def _decoder_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -305,7 +312,9 @@ def _check(reducer: Reducer, anatomy: Anatomy) -> None:
     kind, depth = type(reducer).__name__, anatomy.depth
     for stage in reducer.stages:
         if not BEFORE_LAYERS <= stage < depth:
-            raise OptionError(f"{kind}: stage {stage} does not exist, the decoder has {depth} layers (0 to {depth - 1})")
+            raise OptionError(
+                f"{kind}: stage {stage} does not exist, the decoder has {depth} layers (0 to {depth - 1})"
+            )
     for layer in reducer.taps:
         if layer not in reducer.stages or layer < 0:
             raise OptionError(f"{kind}: a tap in layer {layer} needs a stage after that layer")

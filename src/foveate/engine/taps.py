@@ -31,7 +31,7 @@ def _wrapper(real: str, module: nn.Module, query: Tensor, key: Tensor, value: Te
     listener = module.__dict__.get(_LISTENER)
     if listener is not None:
         listener(module, query, key, mask, kwargs)
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(real, None)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(real, None)  # type: ignore[arg-type]
     if attention is None:  # eager attention lives in each modelling file
         attention = sys.modules[type(module).__module__].eager_attention_forward
     return attention(module, query, key, value, mask, *args, **kwargs)
@@ -40,7 +40,7 @@ def _wrapper(real: str, module: nn.Module, query: Tensor, key: Tensor, value: Te
 class AttentionTap:
     """Call `listener(module, query, key, mask, kwargs)` whenever `module` attends, until `remove()`."""
 
-    def __init__(self, module: nn.Module, listener: Callable[..., None]):
+    def __init__(self, module: Any, listener: Callable[..., None]):
         real = module.config._attn_implementation or "eager"
         name = _PREFIX + real
         if name not in ALL_ATTENTION_FUNCTIONS:
@@ -77,11 +77,20 @@ def choose_rows(spec: TapSpec, active: Tensor, visual: Tensor, state: dict[str, 
         return slots == (active * slots).amax(1, keepdim=True)
     if queries == "text_after":
         return text & (slots > (visual * slots).amax(1, keepdim=True))
-    raise UnsupportedError(f"TapSpec(queries={queries!r}): use 'last', 'text', 'text_after', a BoolTensor or a function")
+    raise UnsupportedError(
+        f"TapSpec(queries={queries!r}): use 'last', 'text', 'text_after', a BoolTensor or a function"
+    )
 
 
 def read_rows(
-    spec: TapSpec, wanted: Tensor, index: Tensor, reach: Reach, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+    spec: TapSpec,
+    wanted: Tensor,
+    index: Tensor,
+    reach: Reach,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
 ) -> Tap:
     """The attention rows of the wanted slots.
 
@@ -130,7 +139,10 @@ def _visibility(
 
 
 def read_vision(layer: int, kind: str, query: Tensor, key: Tensor, scaling: float | None) -> VisionTap:
-    """The CLS row, or the attention received, of one call of a vision attention module (`query`, `key`: (images, H, N, d))."""
+    """What one call of a vision attention module says; `query`, `key` (images, H, N, d).
+
+    `kind` "cls" reads the row of token 0, "received" the attention each token gets, averaged over the queries.
+    """
     scaling = scaling or query.shape[-1] ** -0.5
     if kind == "cls":
         rows = query.new_zeros(query.shape[0], 1, dtype=torch.long)

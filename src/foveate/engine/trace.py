@@ -94,7 +94,7 @@ class Trace:
             if record.stage > stage:
                 break
             step = slots if record.origin is None else record.origin
-            # An origin may point at a slot that did not survive after all (the engine ANDs decisions with what is active).
+            # An origin may point at a slot that did not survive: decisions are ANDed with what is active.
             step = torch.where((step >= 0) & record.active.gather(1, step.clamp_min(0)), step, -1)
             carrier = torch.where(carrier >= 0, step.gather(1, carrier.clamp_min(0)), -1)
         return carrier

@@ -9,7 +9,13 @@ __all__ = ["attention_received", "attention_rows"]
 
 
 def attention_rows(
-    query: Tensor, key: Tensor, rows: Tensor, allowed: Tensor | None, bias: Tensor | None, scaling: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    softcap: float | None,
 ) -> Tensor:
     """Softmax attention of a few query rows over all keys.
 

@@ -1,0 +1,372 @@
+"""What the images of each model family consist of, in the order in which their features fill the visual slots.
+
+One planner per way of cutting an image (not per model), chosen by what the inputs and the config say. A planner returns
+pieces (rectangles of patches); it raises whatever it likes if the inputs do not add up, and `layout` then guesses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+_THUMB = 16  # pixels per side to which tiles are shrunk to compare them with the thumbnail
+
+
+class Run(NamedTuple):
+    """Contiguous visual slots `start` .. `end - 1` of a row."""
+
+    row: int
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of patches that fills consecutive visual slots row by row.
+
+    Attributes:
+        kind: as in `Block`.
+        grid: (h, w) patches.
+        box: area of the image shown, None if unknown.
+        newlines: newline slots after each row of patches.
+    """
+
+    kind: Literal["base", "tile", "thumbnail", "frame"]
+    grid: tuple[int, int]
+    box: tuple[float, float, float, float] | None = WHOLE
+    newlines: int = 0
+
+    @property
+    def length(self) -> int:
+        """Slots filled, newline slots included."""
+        return self.grid[0] * (self.grid[1] + self.newlines)
+
+
+NEWLINE = Piece("base", (1, 0), None, newlines=1)
+Stream = tuple[list[tuple[int, int]], list[list[Piece]]]
+"""(row, slot) pairs in order, and the images that fill them."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a layout is worked out from. Holds no features and no full-size pixels, so it may outlive the pass."""
+
+    anatomy: Any = None
+    visual: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    info: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None
+    thumbs: Tensor | None = None
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> Prompt:
+        """Take what is needed out of `info`; no device sync."""
+        names = (
+            "input_ids",
+            "mm_token_type_ids",
+            "image_grid_thw",
+            "video_grid_thw",
+            "image_sizes",
+            "batch_num_images",
+        )
+        kept = {name: info[name] for name in names if info.get(name) is not None}
+        return cls(anatomy, visual, kept, _lengths(info.get("image_features")), _shrink(info.get("pixel_values")))
+
+    def on_cpu(self, visual: Tensor) -> Prompt:
+        """The same with all tensors on the CPU (the device syncs of a layout)."""
+        info = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in self.info.items()}
+        thumbs = None if self.thumbs is None else self.thumbs.cpu()
+        return replace(self, visual=visual.cpu(), info=info, thumbs=thumbs)
+
+    @property
+    def rows(self) -> int:
+        return self.visual.shape[0]
+
+    @property
+    def config(self) -> Any:
+        return self.anatomy.config
+
+    @property
+    def vision_config(self) -> Any:
+        return self.config.vision_config
+
+    def slots(self, mask: Tensor) -> list[tuple[int, int]]:
+        """(row, slot) pairs of a (B, S) bool mask, in reading order."""
+        return [(row, slot) for row, slot in mask.nonzero().tolist()]
+
+    def of_prompt(self, name: str) -> Tensor | None:
+        """A (B, S) tensor of the inputs, cut to the prompt; None if it is absent or of another shape."""
+        value = self.info.get(name)
+        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != self.rows:
+            return None
+        return value[:, : self.visual.shape[1]] if value.shape[1] >= self.visual.shape[1] else None
+
+    def modality(self) -> tuple[Tensor, Tensor]:
+        """Slots of images and slots of videos, each (B, S) bool."""
+        types, ids = self.of_prompt("mm_token_type_ids"), self.of_prompt("input_ids")
+        video = getattr(self.config, "video_token_id", None)
+        if types is not None and bool((types[self.visual] > 0).all()):
+            is_video = types == 2
+        elif ids is not None and video is not None:
+            is_video = ids == video
+        else:
+            only_video = self.info.get("video_grid_thw") is not None and self.info.get("image_grid_thw") is None
+            is_video = torch.full_like(self.visual, only_video)
+        return self.visual & ~is_video, self.visual & is_video
+
+
+def runs_of(mask: Tensor) -> list[Run]:
+    """The contiguous runs of a (B, S) bool mask, in reading order."""
+    edges = functional.pad(mask.int(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    return [Run(row, start, end) for (row, start), (_, end) in zip(starts, ends)]
+
+
+def _lengths(features: Any) -> tuple[int, ...] | None:
+    if isinstance(features, Tensor) and features.dim() == 3:
+        return (features.shape[1],) * features.shape[0]
+    if isinstance(features, list | tuple) and all(isinstance(part, Tensor) for part in features):
+        return tuple(part.shape[:-1].numel() for part in features)
+    return None
+
+
+def _shrink(pixels: Any) -> Tensor | None:
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+        return None
+    return functional.adaptive_avg_pool2d(pixels.detach().float(), _THUMB)
+
+
+# ------------------------------------------------------------------------------------------------------- planners
+def plan(prompt: Prompt) -> list[Stream]:
+    """The streams of visual slots and the images that fill them. Raises whatever, if the inputs do not add up."""
+    kind = getattr(prompt.config, "model_type", "")
+    if kind in _BY_MODEL_TYPE:
+        return _BY_MODEL_TYPE[kind](prompt)
+    if "image_grid_thw" in prompt.info or "video_grid_thw" in prompt.info:
+        return _grids(prompt)
+    if hasattr(prompt.anatomy.base, "pack_image_features"):
+        return _anyres(prompt)
+    if "image_sizes" in prompt.info and getattr(prompt.vision_config, "model_type", "") == "pixtral":
+        return _native_sizes(prompt)
+    return _squares(prompt)
+
+
+def _squares(prompt: Prompt) -> list[Stream]:
+    """LLaVA, VipLLaVA, Gemma 3, PaliGemma: each image one square of a fixed number of patches."""
+    tokens = getattr(prompt.config, "mm_tokens_per_image", None)
+    if not tokens:
+        tokens = prompt.lengths[0] if prompt.lengths and len(set(prompt.lengths)) == 1 else _tower_side(prompt) ** 2
+    slots = prompt.slots(prompt.visual)
+    return [(slots, [[Piece("base", _square(tokens))] for _ in range(_times(len(slots), tokens))])]
+
+
+def _grids(prompt: Prompt) -> list[Stream]:
+    """Qwen-VL, GLM-4V: (t, h, w) per image or video, in patches of the tower; `merge` x `merge` of them make one slot."""
+    merge = prompt.vision_config.spatial_merge_size
+    streams = []
+    for slots, name in zip(prompt.modality(), ("image_grid_thw", "video_grid_thw")):
+        if bool(slots.any()):
+            images: list[list[Piece]] = []
+            for t, h, w in prompt.info[name].tolist():
+                is_video = t > 1 or name == "video_grid_thw"
+                images.append([Piece("frame" if is_video else "base", (h // merge, w // merge))] * t)
+            streams.append((prompt.slots(slots), images))
+    return streams
+
+
+def _native_sizes(prompt: Prompt) -> list[Stream]:
+    """Mistral 3, LLaVA with Pixtral: the image at its own size; [IMG_BREAK] tokens between the rows are text."""
+    step = prompt.vision_config.patch_size * (getattr(prompt.config, "spatial_merge_size", None) or 1)
+    sizes = torch.as_tensor(prompt.info["image_sizes"]).tolist()
+    return [(prompt.slots(prompt.visual), [[Piece("base", (h // step, w // step))] for h, w in sizes])]
+
+
+def _anyres(prompt: Prompt) -> list[Stream]:
+    """LLaVA-NeXT, LLaVA-OneVision: base image, then the unpadded mosaic of its tiles, each line ended by a newline slot.
+
+    The model's own packing is run on coordinates in place of features, so every rounding in it is the model's.
+    """
+    image_slots, video_slots = prompt.modality()
+    streams = []
+    if bool(image_slots.any()):
+        patched = _patched(prompt)
+        sizes = torch.as_tensor(prompt.info["image_sizes"]).tolist()
+        streams.append((prompt.slots(image_slots), [_packed(prompt, tuple(s), p) for s, p in zip(sizes, patched)]))
+    if bool(video_slots.any()):
+        streams.append((prompt.slots(video_slots), [_pooled_video(prompt, run) for run in runs_of(video_slots)]))
+    return streams
+
+
+def _patched(prompt: Prompt) -> list[bool]:
+    """Which images are cut into tiles: LLaVA-OneVision leaves them whole if there are several in a prompt."""
+    counts = prompt.info.get("batch_num_images")
+    if counts is None:
+        return [True] * len(prompt.info["image_sizes"])
+    return [count == 1 for count in torch.as_tensor(counts).tolist() for _ in range(count)]
+
+
+def _packed(prompt: Prompt, size: tuple[int, int], patched: bool) -> list[Piece]:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    base, config, side = prompt.anatomy.base, prompt.config, _tower_side(prompt)
+    tiles = 1
+    if patched:
+        tiles = image_size_to_num_patches(list(size), config.image_grid_pinpoints, prompt.vision_config.image_size)
+    options: dict[str, Any] = {"image_newline": torch.full((1,), -1.0)}
+    accepted = inspect.signature(base.pack_image_features).parameters
+    if "vision_feature_select_strategy" in accepted:
+        options["vision_feature_select_strategy"] = "full"  # only asked for a warning
+    if "vision_aspect_ratio" in accepted:
+        options["vision_aspect_ratio"] = config.vision_aspect_ratio
+    packed, _ = base.pack_image_features([torch.zeros(tiles, side * side, 1)], [list(size)], **options)
+    ends = (packed[0][side * side :, 0] < 0).nonzero().flatten().tolist()
+    whole = Piece("base", (side, side))
+    if tiles == 1:
+        return [whole, *[NEWLINE] * len(ends)]
+    return [whole, Piece("tile", (len(ends), ends[0]), WHOLE, newlines=1)]
+
+
+def _pooled_video(prompt: Prompt, run: Run) -> list[Piece]:
+    """LLaVA-OneVision: frames pooled 2 x 2, one newline slot at the end."""
+    side = -(-_tower_side(prompt) // 2)
+    return [Piece("frame", (side, side))] * _times(run.length - 1, side * side) + [NEWLINE]
+
+
+def _tiles_in_a_run(prompt: Prompt) -> list[Stream]:
+    """InternVL: the tiles of an image without anything between them, the thumbnail last."""
+    tokens = prompt.lengths[0] if prompt.lengths else prompt.config.image_seq_length
+    return _tiled(prompt, [[run] for run in runs_of(prompt.visual)], tokens)
+
+
+def _tiles_one_apart(prompt: Prompt) -> list[Stream]:
+    """Aya Vision: one marker token before each tile, the thumbnail last; two more tokens between images."""
+    tokens = prompt.lengths[0] if prompt.lengths else (_tower_side(prompt) // prompt.config.downsample_factor) ** 2
+    images: list[list[Run]] = []
+    for run in runs_of(prompt.visual):
+        last = images[-1][-1] if images else None
+        if last is not None and last.row == run.row and run.start == last.end + 1:
+            images[-1].append(run)
+        else:
+            images.append([run])
+    return _tiled(prompt, images, tokens)
+
+
+def _tiled(prompt: Prompt, images: list[list[Run]], tokens: int) -> list[Stream]:
+    grid, pieces, first = _square(tokens), [], 0
+    total = _times(int(prompt.visual.sum()), tokens)
+    copies = total // len(prompt.thumbs) if prompt.thumbs is not None else 1
+    for runs in images:
+        if copies > 1 and runs[0].row % copies:
+            continue  # a repeated row (beam search): the images were given once
+        count = _times(sum(run.length for run in runs), tokens)
+        if count == 1:
+            pieces.append([Piece("base", grid)])
+        else:
+            mosaic = _mosaic(prompt.thumbs, first, count)
+            boxes = [None] * (count - 1) if mosaic is None else _tile_boxes(*mosaic)
+            pieces.append([*(Piece("tile", grid, box) for box in boxes), Piece("thumbnail", grid)])
+        first += count
+    return [(prompt.slots(prompt.visual), pieces)]
+
+
+def _mosaic(thumbs: Tensor | None, first: int, count: int) -> tuple[int, int] | None:
+    """(rows, columns) in which the tiles of an image lie, by comparing them with its thumbnail; None if undecided."""
+    if thumbs is None or thumbs.shape[0] < first + count:
+        return None
+    tiles, thumbnail = thumbs[first : first + count - 1], thumbs[first + count - 1]
+    errors = []
+    for rows in (r for r in range(1, count) if (count - 1) % r == 0):
+        columns = (count - 1) // rows
+        picture = tiles.reshape(rows, columns, -1, _THUMB, _THUMB).permute(2, 0, 3, 1, 4)
+        picture = picture.reshape(-1, rows * _THUMB, columns * _THUMB)
+        error = functional.adaptive_avg_pool2d(picture, _THUMB) - thumbnail
+        errors.append((float(error.square().mean()), (rows, columns)))
+    errors.sort()
+    return errors[0][1] if len(errors) == 1 or errors[0][0] < 0.8 * errors[1][0] else None
+
+
+def _marked_tiles(prompt: Prompt) -> list[Stream]:
+    """Idefics 3, SmolVLM: `<fake><row_i_col_j>` before each tile, a line break after each row of tiles, global image last.
+
+    Every image ends with `<fake>`, which is therefore what follows the last run of a row.
+    """
+    ids, runs = prompt.of_prompt("input_ids"), runs_of(prompt.visual)
+    tokens = (_tower_side(prompt) // prompt.config.scale_factor) ** 2
+    grid = _square(tokens)
+    images: list[list[list[Run]]] = []
+    for before, run in zip([None, *runs], runs):
+        if ids is None or before is None or before.row != run.row:
+            images.append([[run]])
+            continue
+        end = next(r.end for r in reversed(runs) if r.row == run.row)
+        fake = int(ids[run.row, end]) if end < ids.shape[1] else None
+        if int(ids[run.row, before.end]) != fake:
+            images[-1].append([run])
+        elif run.start - before.end == 2:
+            images[-1][-1].append(run)
+        else:
+            images.append([[run]])
+    return [(prompt.slots(prompt.visual), [_marked_image(rows, tokens, grid) for rows in images])]
+
+
+def _marked_image(rows: list[list[Run]], tokens: int, grid: tuple[int, int]) -> list[Piece]:
+    if any(run.length != tokens for row in rows for run in row):
+        raise ValueError("a tile of another size")
+    *tiles, last = rows
+    if not tiles and len(last) == 1:
+        return [Piece("base", grid)]
+    if len(last) != 1 or len({len(row) for row in tiles}) != 1:
+        raise ValueError("not a grid of tiles followed by the global image")
+    boxes = _tile_boxes(len(tiles), len(tiles[0]))
+    return [*(Piece("tile", grid, box) for box in boxes), Piece("thumbnail", grid)]
+
+
+_BY_MODEL_TYPE: dict[str, Callable[[Prompt], list[Stream]]] = {
+    "internvl": _tiles_in_a_run,
+    "aya_vision": _tiles_one_apart,
+    "idefics3": _marked_tiles,
+    "smolvlm": _marked_tiles,
+    "mistral3": _native_sizes,
+}
+
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+def _tower_side(prompt: Prompt) -> int:
+    size, patch = prompt.vision_config.image_size, prompt.vision_config.patch_size
+    size = size[0] if isinstance(size, list | tuple) else size
+    patch = patch[0] if isinstance(patch, list | tuple) else patch
+    return size // patch
+
+
+def _square(tokens: int) -> tuple[int, int]:
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(f"{tokens} patches are not a square")
+    return side, side
+
+
+def _times(slots: int, tokens: int) -> int:
+    if tokens < 1 or slots < 1 or slots % tokens:
+        raise ValueError(f"{slots} slots are not whole images of {tokens}")
+    return slots // tokens
+
+
+def _tile_boxes(rows: int, columns: int) -> list[tuple[float, float, float, float]]:
+    return [
+        (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+        for row in range(rows)
+        for column in range(columns)
+    ]

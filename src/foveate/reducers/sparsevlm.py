@@ -1,0 +1,1 @@
+class SparseVLM: ...  # temporary, until the method lands

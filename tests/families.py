@@ -345,8 +345,11 @@ def inputs(
     """
     family = _FAMILIES[name]
     per_row = [images] * batch if isinstance(images, int) else list(images)
-    pixels = _arrange(name, family.pixels(sum(per_row)), per_row) if sum(per_row) else {}
-    lengths = iter(_features_per_image(model, pixels) if pixels else [])
+    one_by_one = family.pixels(sum(per_row)) if sum(per_row) else {}
+    pixels = _arrange(name, one_by_one, per_row) if one_by_one else {}
+    # Idefics counts rows, not images; OneVision cuts an image into tiles only where a row has no other.
+    counted = one_by_one if name in ("idefics3", "smolvlm") else pixels
+    lengths = iter(_features_per_image(model, counted) if counted else [])
     generator = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> list[int]:

@@ -26,13 +26,14 @@ __all__ = [
     "Decision",
     "MethodInfo",
     "OptionError",
+    "Patches",
     "Positions",
     "Reducer",
     "Tap",
     "TapSpec",
     "UnsupportedError",
     "View",
-    "VisionTap",
+    "VisionSpec",
     "build",
     "info",
     "names",
@@ -172,19 +173,61 @@ class Tap:
         return self.to_slots(self.mean_over_rows(), length)
 
 
-@dataclass
-class VisionTap:
-    """What was read in one call of one attention module of the vision tower.
+@dataclass(frozen=True)
+class VisionSpec:
+    """What to read in an attention layer of the vision tower.
 
     Attributes:
-        layer: index into the tower's attention modules, as asked for (may be negative).
-        weights: (images, H, N): the CLS row, or the attention each token receives, averaged over the queries. Float32.
-        key: (images, H, N, d).
+        attention: `"cls"`: the row of the CLS token; `"received"`: attention each token gets, averaged over the
+            queries; `"auto"`: the first where the tower has a CLS token, else the second; None: nothing.
+        key: also hand over the keys (before RoPE where the tower has any is not promised).
+        query: also hand over the queries.
+        features: also hand over the hidden states that leave this layer (LLaVA's features at layer -2).
     """
 
-    layer: int
-    weights: Tensor
-    key: Tensor
+    attention: Literal["cls", "received", "auto"] | None = "auto"
+    key: bool = False
+    query: bool = False
+    features: bool = False
+
+
+@dataclass
+class Patches:
+    """Visual tokens as the vision tower saw them, aligned with the slots of the prompt.
+
+    `I` blocks (an image, or each tile of one), `N` tokens in the longest. Where a model merges several patches into one
+    visual token (2 x 2 in Qwen-VL, pixel shuffle, pooling), every quantity is the mean over the token's patches.
+
+    Attributes:
+        rows: (I,) long, row of the batch.
+        slots: (I, N) long, slot of each token in its row; -1 where a block is shorter.
+        grid: (I, 2) long, height and width of each block in tokens (0 where it is not known).
+        attention: (I, H, N) float32 over the patches, softmax taken over all tokens of the tower (CLS included).
+        key, query: (I, N, H, d).  cls_key: (I, H, d), only with a CLS token.  cls_query: (I, H, d).
+        features: (I, N, C).  cls_features: (I, C).
+    """
+
+    rows: Tensor
+    slots: Tensor
+    grid: Tensor
+    attention: Tensor | None = None
+    key: Tensor | None = None
+    query: Tensor | None = None
+    features: Tensor | None = None
+    cls_key: Tensor | None = None
+    cls_query: Tensor | None = None
+    cls_features: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """(I, N) bool."""
+        return self.slots >= 0
+
+    def to_slots(self, values: Tensor, batch: int, length: int) -> Tensor:
+        """Spread per-token values (I, N) over the slots of the prompt: (batch, length), 0 where no token is."""
+        index = torch.where(self.valid, self.rows[:, None] * length + self.slots, batch * length)
+        out = values.new_zeros(batch * length + 1)
+        return out.scatter(0, index.reshape(-1), values.reshape(-1))[:-1].view(batch, length)
 
 
 # ----------------------------------------------------------------------------------------- what is seen and answered
@@ -201,10 +244,12 @@ class View:
         visual: (B, S) bool, slots of visual tokens (constant over the pass).
         tokens: (B, S) bool, not padding.
         tap: rows read in the layer of this stage, if asked for.
-        vision: what was read in the vision tower, in call order.
+        vision: what was read in the vision tower: {layer as asked for: patches}.
         layout: which slot is which patch of which image.
         info: what the model was called with (`input_ids`, grids, image sizes, ...).
         state: a method's own scratch space, fresh for each prefill.
+        project: the model's projector on single features, (..., C) -> (..., D); None where a visual token is not the
+            projection of one patch alone, so that merged features cannot be projected.
     """
 
     stage: int
@@ -213,10 +258,11 @@ class View:
     visual: Tensor
     tokens: Tensor
     tap: Tap | None = None
-    vision: list[VisionTap] = field(default_factory=list)
+    vision: dict[int, Patches] = field(default_factory=dict)
     layout: Layout | None = None
     info: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    project: Callable[[Tensor], Tensor] | None = None
 
     @property
     def active_visual(self) -> Tensor:
@@ -260,8 +306,8 @@ class Reducer:
 
     stages: Sequence[int] = ()
     taps: Mapping[int, TapSpec] = {}
-    vision_taps: Mapping[int, str] = {}
-    """What to read in the vision tower: {attention layer: "cls" | "received"}; negative layers count from the end."""
+    vision_taps: Mapping[int, VisionSpec] = {}
+    """What to read in the vision tower, by attention layer; negative layers count from the end."""
     positions: Positions = "keep"
 
     name: ClassVar[str] = ""

@@ -90,6 +90,27 @@ class Anatomy:
                 return module
         raise UnsupportedError(f"decoder layer {layer} ({type(self.layers[layer]).__name__}) has no attention to read")
 
+    @property
+    def vision_config(self) -> Any:
+        """Configuration of the vision tower."""
+        return self.config.vision_config
+
+    @property
+    def vision_layer(self) -> int:
+        """Layer of the tower whose output the model uses: -2 in LLaVA, -1 as a rule."""
+        layer = getattr(self.config, "vision_feature_layer", -1)
+        return layer if isinstance(layer, int) and layer < 0 else -1
+
+    def vision_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters of the vision tower."""
+        return iter(()) if self.vision is None else self.vision.named_parameters()
+
+    def parent(self, module: nn.Module) -> nn.Module:
+        """The vision layer that holds an attention module."""
+        assert self.vision is not None
+        name = next(name for name, candidate in self.vision.named_modules() if candidate is module)
+        return self.vision.get_submodule(name.rpartition(".")[0])
+
     def vision_attention(self) -> list[nn.Module]:
         """Self-attention modules of the vision tower, in depth order."""
         if self.vision is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..reduction import BEFORE_LAYERS, Decision, Reducer, Tap, UnsupportedError, View, VisionTap
+from ..reduction import BEFORE_LAYERS, Decision, Patches, Reducer, Tap, UnsupportedError, View
 from .anatomy import Anatomy
 from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
@@ -22,6 +22,7 @@ from .layout import Layout
 from .masks import Reach, reduced_mask
 from .taps import choose_rows, read_rows
 from .trace import StageRecord, Trace
+from .vision import VisionReader
 
 __all__ = ["ForwardPass"]
 
@@ -49,7 +50,7 @@ class ForwardPass:
     visual: Tensor | None = None
     layout: Layout | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    vision: list[VisionTap] = field(default_factory=list)
+    vision: VisionReader | None = None
     cache: DynamicCache | None = None
     exclusive: Callable[[], frozenset[int]] = frozenset
     required: Tensor | None = None
@@ -63,6 +64,8 @@ class ForwardPass:
     _frame: Tensor | None = None
     _mine: Tensor | None = None
     _reach: Reach | None = None
+    _patches: dict[int, Patches] | None = None
+    _project: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.stages = frozenset(self.reducer.stages) if self.visual is not None else frozenset()
@@ -240,9 +243,10 @@ class ForwardPass:
         assert self.trace is not None
         prompt, tap, self.tap = self.prompt, self.tap, None
         active = self._active()[:, :prompt]
+        patches, project = self._seen(hidden)
         view = View(
-            stage, hidden[:, :prompt], active, self.visual, self.tokens[:, :prompt], tap, self.vision, self.layout,
-            self.info, self._state,
+            stage, hidden[:, :prompt], active, self.visual, self.tokens[:, :prompt], tap, patches, self.layout,
+            self.info, self._state, project,
         )  # fmt: skip
         decision = self.reducer.decide(view)
         if decision is None:
@@ -254,6 +258,14 @@ class ForwardPass:
         record = StageRecord(stage, self._active()[:, :prompt], decision.origin, decision.scores)
         self.trace.records.append(record)
         return hidden
+
+    def _seen(self, hidden: Tensor) -> tuple[dict[int, Patches], Callable[[Tensor], Tensor] | None]:
+        """What was read in the vision tower, aligned once per pass, and the projector if single features have one."""
+        if self.vision is not None and self._patches is None:
+            assert self.visual is not None
+            self._patches = self.vision.patches(self.visual, self.info)
+            self._project = self.vision.projector(self._patches, hidden) if -1 in self.stages else None
+        return self._patches or {}, self._project
 
     def _overwrite(self, hidden: Tensor, decision: Decision) -> Tensor:
         slots, values = decision.slots, decision.values

@@ -1,7 +1,7 @@
 """Which sequence slot is which patch of which image, tile or frame: for merging, for budgets per image, for pictures.
 
-Lives here: the description and how patches are laid onto the slots of the prompt. What a family's images consist of is in
-`layout_families`. Nothing here is needed to run a model: an unknown family gets contiguous runs, marked as a guess.
+Lives here: the description, and how patches are laid onto the slots of the prompt. What a family's images consist of is
+in `layout_families`. Nothing here is needed to run a model: an unknown family gets contiguous runs, marked as a guess.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+_MARKER = 8  # tokens at most for a line break, <fake> and the tag of a tile, which is one token or spelt out
 _THUMB = 16  # pixels per side to which tiles are shrunk to compare them with the thumbnail
 
 
@@ -174,7 +175,7 @@ def _squares(prompt: Prompt) -> list[Stream]:
 
 
 def _grids(prompt: Prompt) -> list[Stream]:
-    """Qwen-VL, GLM-4V: (t, h, w) per image or video, in patches of the tower; `merge` x `merge` of them make one slot."""
+    """Qwen-VL, GLM-4V: (t, h, w) per image or video, in patches of the tower; merge x merge of them make one slot."""
     merge = prompt.vision_config.spatial_merge_size
     streams = []
     for slots, name in zip(prompt.modality(), ("image_grid_thw", "video_grid_thw")):
@@ -195,7 +196,7 @@ def _native_sizes(prompt: Prompt) -> list[Stream]:
 
 
 def _anyres(prompt: Prompt) -> list[Stream]:
-    """LLaVA-NeXT, LLaVA-OneVision: base image, then the unpadded mosaic of its tiles, each line ended by a newline slot.
+    """LLaVA-NeXT, LLaVA-OneVision: base image, then the unpadded mosaic of its tiles, a newline slot after each line.
 
     The model's own packing is run on coordinates in place of features, so every rounding in it is the model's.
     """
@@ -299,7 +300,7 @@ def _mosaic(thumbs: Tensor | None, first: int, count: int) -> tuple[int, int] | 
 
 
 def _marked_tiles(prompt: Prompt) -> list[Stream]:
-    """Idefics 3, SmolVLM: `<fake><row_i_col_j>` before each tile, a line break after each row of tiles, global image last.
+    """Idefics 3, SmolVLM: `<fake><row_i_col_j>` before each tile, a line break after each row, the global image last.
 
     Every image ends with `<fake>`, which is therefore what follows the last run of a row.
     """
@@ -313,10 +314,11 @@ def _marked_tiles(prompt: Prompt) -> list[Stream]:
             continue
         end = next(r.end for r in reversed(runs) if r.row == run.row)
         fake = int(ids[run.row, end]) if end < ids.shape[1] else None
-        if int(ids[run.row, before.end]) != fake:
-            images[-1].append([run])
-        elif run.start - before.end == 2:
+        first, *others = ids[run.row, before.end : run.start].tolist()
+        if first == fake and len(others) == 1:
             images[-1][-1].append(run)
+        elif first != fake and fake in others and len(others) < _MARKER:
+            images[-1].append([run])
         else:
             images.append([[run]])
     return [(prompt.slots(prompt.visual), [_marked_image(rows, tokens, grid) for rows in images])]

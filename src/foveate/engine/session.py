@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError, VisionTap
+from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError
 from .anatomy import Anatomy, resolve
 from .cache import LogicalLayer, check_cache
 from .forward import ForwardPass
 from .layout import build_layout
-from .taps import AttentionTap, read_vision
+from .taps import AttentionTap
 from .trace import Trace
+from .vision import VisionReader
 
 try:  # private: asked only whether somebody collects hidden states in this call
     from transformers.utils.output_capturing import _active_collector as _collector
@@ -78,7 +79,7 @@ class Session:
         self._prompt: int | None = None
         self._called: dict[str, Any] = {}
         self._features: dict[str, Any] = {}
-        self._vision: list[VisionTap] = []
+        self._vision: VisionReader | None = None
         self._installed = False
         try:
             self._install()
@@ -100,8 +101,10 @@ class Session:
             tap.remove()
         for module, name in self._patched:
             module.__dict__.pop(name, None)
+        if self._vision is not None:
+            self._vision.remove()
         self._handles, self._taps, self._patched = [], [], []
-        self._pass, self._features, self._called, self._vision = None, {}, {}, []
+        self._pass, self._features, self._called, self._vision = None, {}, {}, None
         if self._installed:
             self.anatomy.decoder.__dict__.pop(_MARK, None)
             self._installed = False
@@ -125,9 +128,8 @@ class Session:
         for i in self.reducer.taps:
             self._taps.append(AttentionTap(parts.attention(i), functools.partial(self._attending, i)))
         if self.reducer.vision_taps:
-            modules = parts.vision_attention()
-            for i, kind in self.reducer.vision_taps.items():
-                self._taps.append(AttentionTap(modules[i], functools.partial(self._vision_attending, i, kind)))
+            self._vision = VisionReader(parts, dict(self.reducer.vision_taps))
+            self._vision.install()
         self._patch(parts.model, "generate", self._watch_generate)
         self._patch(parts.base, "get_placeholder_mask", self._watch_placeholders)
         for name in ("get_image_features", "get_video_features"):
@@ -168,7 +170,8 @@ class Session:
 
     def _watch_features(self, get_features: Callable) -> Callable:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._vision = []
+            if self._vision is not None:
+                self._vision.clear()
             features = get_features(*args, **kwargs)
             self._features.update({name: value for name, value in kwargs.items() if not name.startswith("pixel")})
             self._features["image_features"] = getattr(features, "pooler_output", features)
@@ -300,11 +303,6 @@ class Session:
     def _attending(self, layer: int, *call: Any) -> None:
         if self._pass is not None:
             self._pass.listen(layer, *call)
-
-    def _vision_attending(
-        self, layer: int, kind: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
-    ) -> None:
-        self._vision.append(read_vision(layer, kind, query, key, kwargs.get("scaling")))
 
 
 def _check(reducer: Reducer, anatomy: Anatomy) -> None:

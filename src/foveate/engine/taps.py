@@ -16,25 +16,34 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops.attention import attention_received, attention_rows
+from ..ops.attention import attention_rows
 from ..ops.select import true_indices
-from ..reduction import Tap, TapSpec, UnsupportedError, VisionTap
+from ..reduction import Tap, TapSpec, UnsupportedError
 from .masks import Reach
 
-__all__ = ["AttentionTap", "choose_rows", "read_rows", "read_vision"]
+__all__ = ["AttentionTap", "choose_rows", "read_rows"]
 
 _PREFIX = "foveate_tap:"
 _LISTENER = "_foveate_tap"
 
 
-def _wrapper(real: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args, **kwargs):
+def _wrapper(
+    real: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     listener = module.__dict__.get(_LISTENER)
     if listener is not None:
-        listener(module, query, key, mask, kwargs)
+        listener(module, query, key, attention_mask, kwargs)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(real, None)  # type: ignore[arg-type]
     if attention is None:  # eager attention lives in each modelling file
         attention = sys.modules[type(module).__module__].eager_attention_forward
-    return attention(module, query, key, value, mask, *args, **kwargs)
+    return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 class AttentionTap:
@@ -136,19 +145,3 @@ def _visibility(
     if isinstance(mask, Tensor) and mask.dim() == 2:
         allowed = allowed & mask[:, None].bool()
     return allowed, None
-
-
-def read_vision(layer: int, kind: str, query: Tensor, key: Tensor, scaling: float | None) -> VisionTap:
-    """What one call of a vision attention module says; `query`, `key` (images, H, N, d).
-
-    `kind` "cls" reads the row of token 0, "received" the attention each token gets, averaged over the queries.
-    """
-    scaling = scaling or query.shape[-1] ** -0.5
-    if kind == "cls":
-        rows = query.new_zeros(query.shape[0], 1, dtype=torch.long)
-        weights = attention_rows(query, key, rows, None, None, scaling, None)[:, :, 0]
-    elif kind == "received":
-        weights = attention_received(query, key, scaling)
-    else:
-        raise UnsupportedError(f"vision tap {kind!r}: use 'cls' or 'received'")
-    return VisionTap(layer, weights, key)

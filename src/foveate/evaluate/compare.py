@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,8 +11,9 @@ from typing import Any
 
 from ..engine.session import apply
 from ..engine.trace import Trace
-from ..measure.flops import prefill_flops
+from ..measure import Geometry, exact_flops, kv_bytes
 from ..reduction import Reducer
+from ..tune import next_token_divergence
 from .answer import VLM, Batch, answer, batches, prefill_seconds
 from .data import Sample
 from .score import accuracy, agreement, standard_error
@@ -40,8 +42,8 @@ class Costs:
         visual_tokens: mean over the rows, of the prompt before anything is removed.
         entering, after: visual tokens per layer, averaged over layers and rows: those that entered a layer, and those
             left after it.
-        flops: decoder prefill, all rows together, by `foveate.measure`'s formula.
-        kv_bytes: keys and values of all layers and rows after the prefill.
+        flops: decoder prefill, all rows together (`foveate.measure.exact_flops`); NaN for a mixture of experts.
+        kv_bytes: keys and values of all layers and rows after the prefill; NaN likewise.
     """
 
     rows: int
@@ -90,22 +92,19 @@ class Row:
 
 def costs(vlm: VLM, trace: Trace, full: bool = False) -> Costs:
     """Read the costs of a prefill off its trace; with `full`, those of the same prefill without reduction."""
-    config = vlm.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    visual = (trace.visual & trace.tokens).sum(1)
-    text = trace.tokens.sum(1) - visual
-    entering = visual[:, None].expand(-1, trace.n_layers) if full else trace.visual_tokens
-    after = entering if full else trace.visual_tokens_after
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    element = next(vlm.model.parameters()).element_size()
-    keys = float((entering + text[:, None]).sum())
+    if full:
+        trace = Trace(trace.n_layers, trace.visual, trace.tokens)
+    try:
+        geometry = Geometry.from_config(vlm.model.config, visual_tokens=0, text_tokens=0)
+    except ValueError:  # a mixture of experts
+        geometry = None
     return Costs(
-        rows=len(visual),
-        visual_tokens=float(visual.double().mean()),
-        entering=float(entering.double().mean()),
-        after=float(after.double().mean()),
-        flops=sum(prefill_flops(config, row) for row in (entering + text[:, None]).tolist()),
-        kv_bytes=2.0 * keys * heads * head_dim * element,
+        rows=len(trace.visual),
+        visual_tokens=float((trace.visual & trace.tokens).sum(1).double().mean()),
+        entering=float(trace.mean_visual_tokens.mean()),
+        after=float(trace.mean_visual_tokens_after.mean()),
+        flops=math.nan if geometry is None else exact_flops(geometry, trace),
+        kv_bytes=math.nan if geometry is None else kv_bytes(geometry, trace, next(vlm.model.parameters()).element_size()),
     )
 
 
@@ -166,8 +165,7 @@ def compare(
                 said = answer(vlm, batch.inputs, max_new_tokens)
             assert session.trace is not None  # a prefill with images just ran
             full_log_probs = said.log_probs if full_log_probs is None else full_log_probs
-            # VTW's direction, reduced model first.
-            tally.kl += (said.log_probs.exp() * (said.log_probs - full_log_probs)).sum(-1).tolist()
+            tally.kl += next_token_divergence(said.log_probs, full_log_probs).tolist()
             tally.costs.append(costs(vlm, session.trace))
             tally.full.append(costs(vlm, session.trace, full=True))
             for index, text in zip(batch.indices, said.texts, strict=True):

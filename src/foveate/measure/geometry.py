@@ -1,4 +1,4 @@
-"""The shape of a decoder: what its cost depends on. Presets of published models, and reading a config; no arithmetic."""
+"""The shape of a decoder, which its cost depends on: presets of published models, and reading a config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["PRESETS", "Geometry"]
 PAPER_TEXT_TOKENS = 118
 """Prompt of the SparseVLM paper besides the image: 576 + 118 tokens reproduce its 4.62 TFLOPs for LLaVA-1.5-7B."""
 
-# Decoders whose MLP is two matrices (up, down). All others in transformers that carry images use three (gate, up, down).
+# Decoders whose MLP is two matrices (up, down). All others that carry images use three (gate, up, down).
 _PLAIN_MLP = frozenset({"opt", "gpt2", "gpt_neox", "gptj", "phi", "bloom", "falcon", "starcoder2", "persimmon", "mpt"})
 
 
@@ -70,7 +70,7 @@ class Geometry:
         return self.sliding_window if sliding else None
 
     def with_prompt(self, visual_tokens: int | None = None, text_tokens: int | None = None) -> Geometry:
-        """The same decoder with another prompt; None leaves a count as it is. Raises `ValueError` for a negative count."""
+        """The same decoder with another prompt; None leaves a count as it is. Raises `ValueError` if negative."""
         return dataclasses.replace(
             self,
             visual_tokens=self.visual_tokens if visual_tokens is None else visual_tokens,
@@ -112,7 +112,7 @@ class Geometry:
         """Sizes from a model's configuration. Nothing is downloaded.
 
         Args:
-            source: a transformers config (of a VLM or of its decoder), a config as a dict, a config.json, or its folder.
+            source: a transformers config (of a VLM or its decoder), a config as a dict, a config.json, or its folder.
             visual_tokens: image slots of the prompt. None: one image at the tower's own size, where the config says it;
                 0 for a decoder without images.
             text_tokens: all other slots; None for the 118 of the SparseVLM paper.

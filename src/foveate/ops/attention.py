@@ -46,16 +46,26 @@ def attention_rows(
     return logits.softmax(-1).nan_to_num(0.0)
 
 
-def attention_received(query: Tensor, key: Tensor, scaling: float, block: int = 256) -> Tensor:
-    """Attention each key receives, averaged over the queries, in blocks of queries: (B, H, N) float32.
+def attention_received(
+    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, block: int = 256
+) -> Tensor:
+    """Attention each key receives, averaged over the queries that may see it: (B, H, N) float32.
 
     Args:
         query: (B, H, Q, d).
         key: (B, H, N, d).
         scaling: factor on the dot products.
+        mask: (B or 1, H or 1, Q, N), bool (True may be seen) or added to the logits.
         block: queries per block; bounds the memory to B * H * block * N.
     """
     received = key.new_zeros(key.shape[:3], dtype=torch.float32)
-    for part in query.split(block, dim=2):
-        received += ((part @ key.transpose(-1, -2)).float() * scaling).softmax(-1).sum(2)
-    return received / query.shape[2]
+    queries = key.new_zeros(1, 1, 1, dtype=torch.float32)
+    for start in range(0, query.shape[2], block):
+        logits = (query[:, :, start : start + block] @ key.transpose(-1, -2)).float() * scaling
+        if mask is not None:
+            part = mask[:, :, start : start + block]
+            seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+            logits = logits.masked_fill(~seen, float("-inf")) if part.dtype == torch.bool else logits + part
+            queries = queries + seen.float().sum(2)
+        received += logits.softmax(-1).nan_to_num(0.0).sum(2)
+    return received / (query.shape[2] if mask is None else queries.clamp_min(1))

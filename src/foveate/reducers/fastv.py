@@ -26,7 +26,10 @@ __all__ = ["FastV"]
 @register(
     "fastv",
     MethodInfo(
-        paper="arXiv 2403.06764", acts="after an early decoder layer", needs="attention of the last token", text_guided=True
+        paper="arXiv 2403.06764",
+        acts="after an early decoder layer",
+        needs="attention of the last token",
+        text_guided=True,
     ),
 )
 @dataclass

@@ -58,7 +58,9 @@ class VTW(Reducer):
         self._budget = None if self.keep is None else Budget(self.keep)
         if self.layer is not None:
             if self.keep is not None:
-                raise OptionError(f"layer={self.layer} and keep={self.keep}: give one of them, each determines the other")
+                raise OptionError(
+                    f"layer={self.layer} and keep={self.keep}: give one of them, each determines the other"
+                )
             check_layer(self.layer, first=0)
         if self.faithful and (self.keep is not None or isinstance(self.layer, float)):
             raise OptionError("faithful=True takes an absolute layer=, as the official code does")

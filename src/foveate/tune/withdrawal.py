@@ -67,7 +67,9 @@ def withdrawal_curve(
     if isinstance(batches, Mapping) or len(batches) == 0:
         raise OptionError("batches: give a list with at least one dict of model arguments")
     if anatomy.base is anatomy.model:
-        raise UnsupportedError(f"{type(anatomy.model).__name__} has no language-model head; pass the model that generates")
+        raise UnsupportedError(
+            f"{type(anatomy.model).__name__} has no language-model head; pass the model that generates"
+        )
     masks = visual if isinstance(visual, list | tuple) else [visual] * len(batches)
     if len(masks) != len(batches):
         raise OptionError(f"visual: {len(masks)} masks for {len(batches)} batches")
@@ -142,7 +144,9 @@ def _first_token_logits(
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(apply(model, listener, visual=visual))
         for hook in (
-            decoder.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True),
+            decoder.register_forward_pre_hook(
+                lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+            ),
             base.register_forward_hook(lambda module, args, output: results.append(output)),
             anatomy.layers[-1].register_forward_hook(lambda module, args, output: of_layer.append(output)),
         ):

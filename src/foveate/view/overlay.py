@@ -31,7 +31,7 @@ from ..reduction import BEFORE_LAYERS
 
 __all__ = ["Cell", "SheetCell", "SheetRow", "overlay", "paint", "save", "sheet"]
 
-DIM = 0.30
+DIM = 0.40
 """Brightness of a removed patch, which is also drawn in grey."""
 _MAX_ROWS = 8  # frames of a long video beyond this are not drawn
 _SIDE = 448  # pixels of the longer side of a painted panel

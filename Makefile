@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target makes; a stamp file says what is installed in it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -q --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test lint types zoo bench clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/foveate demo --out demo/
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+
+types: $(VENV)/.test-installed
+	$(BIN)/mypy
+
+zoo: $(VENV)/.test-installed
+	$(BIN)/python -m foveate.zoo.train
+
+bench: $(VENV)/.demo-installed
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-installed: $(INPUTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[data]"
+	@touch $@
+
+$(VENV)/.test-installed: $(INPUTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[test]"
+	@touch $@ $(VENV)/.demo-installed

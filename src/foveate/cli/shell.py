@@ -1,0 +1,219 @@
+"""What all commands share: one-line errors, tables, progress, files written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+import foveate
+
+__all__ = [
+    "CommandError",
+    "JsonOption",
+    "KeepOption",
+    "MethodOption",
+    "OptionsOption",
+    "app",
+    "method_and_options",
+    "plain",
+    "progress",
+    "say",
+    "table",
+    "write_json",
+    "writable",
+]
+
+_ClickException = typer.BadParameter.__mro__[2]  # typer carries its own copy of click in newer versions
+_INTERRUPTED = 130
+
+
+class CommandError(ValueError):
+    """Bad input of a command; the message names the culprit."""
+
+
+class OneLineGroup(TyperGroup):
+    """Commands whose every complaint is one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        from ..evaluate.answer import ModelError
+        from ..evaluate.data import DataError
+
+        bad_input = (
+            CommandError, DataError, ModelError, foveate.BudgetError, foveate.OptionError, foveate.UnsupportedError,
+        )  # fmt: skip
+        try:
+            with warnings.catch_warnings():
+                _hush()
+                code = super().main(*args, standalone_mode=False, **kwargs)
+        except _ClickException as error:
+            _fail(error.format_message())  # type: ignore[attr-defined]
+        except bad_input as error:
+            _fail(str(error))
+        except typer.Abort:
+            sys.exit(_INTERRUPTED)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print("foveate:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _hush() -> None:
+    """Libraries keep their advice to themselves: what a command has to say, it says itself."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+app = typer.Typer(
+    cls=OneLineGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"foveate {foveate.__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Make any Hugging Face vision-language model keep only the visual tokens that matter."""
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+# --------------------------------------------------------------------------------------------------- common options
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+MethodOption = Annotated[str, typer.Option("--method", "-m", help="A name from `foveate methods`.")]
+KeepOption = Annotated[
+    str | None, typer.Option("--keep", "-k", metavar="N|F", help="Visual tokens per image (192) or their fraction (0.33).")
+]
+OptionsOption = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
+]
+
+
+def method_and_options(method: str, keep: str | None, options: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
+    """The reducer a command line asks for, and its options without `keep`.
+
+    Raises:
+        CommandError, BudgetError, OptionError: whatever is wrong with them.
+    """
+    chosen: dict[str, Any] = {}
+    for option in options or ():
+        name, equals, value = option.partition("=")
+        if not (name and equals):
+            raise CommandError(f"option {option!r}: write it as name=value")
+        chosen[name.strip().replace("-", "_")] = _value(value.strip())
+    if keep is None:
+        return foveate.build(method, **chosen), chosen
+    if "keep" in chosen:
+        raise CommandError("keep is given twice, by --keep and by --option")
+    return foveate.build(method, keep=foveate.Budget.parse(keep).keep, **chosen), chosen
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+def plain() -> bool:
+    """Whether stdout is not a terminal: no boxes, no colour, nothing cut."""
+    return not sys.stdout.isatty()
+
+
+def _console() -> Console:
+    # Made anew each time, since test runners and pagers exchange sys.stdout.
+    return Console(width=400, color_system=None, highlight=False) if plain() else Console(highlight=False)
+
+
+def say(text: str = "") -> None:
+    """A line on stdout, as it is."""
+    _console().print(text, markup=False, soft_wrap=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> None:
+    """A table on stdout: one line per row, the first `left` columns flush left, the others right."""
+    if title:
+        say(title)
+    shown = Table(box=None if plain() else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, header in enumerate(headers):
+        shown.add_column(header, justify="left" if number < left else "right", no_wrap=plain(), overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+    _console().print(shown)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, if that is a terminal; yields a function of (done, total)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def writable(path: Path | None) -> Path | None:
+    """`path`, once it is sure that a file can be put there: before the work, not after it. Raises `CommandError`."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise CommandError(f"{path}: a folder; give the name of a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise CommandError(f"{path}: cannot be written, {folder} is not a folder one may write to")
+    return path
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Write `result` whole or not at all; None writes nothing. Raises `CommandError`."""
+    if path is None:
+        return
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            partial = Path(file.name)
+            json.dump(result, file, indent=2)
+            file.write("\n")
+        partial.chmod(0o644)  # temporary files are private
+        partial.replace(path)
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""Yardsticks: what "exact" and "as before" mean, in one place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import foveate
+from foveate.reduction import Reducer
+from tests import families
+from tests.reference.masked import MaskedReference
+from tests.reference.plans import Fixed, all_removed
+
+__all__ = ["STEPS", "TOLERANCE", "assert_exact", "build_once", "footprint", "generate", "greedy", "largest"]
+
+TOLERANCE = 2e-4
+"""Largest difference of float32 logits between the engine and the masked reference."""
+STEPS = 10
+"""Greedy steps that must agree."""
+
+
+@functools.cache
+def build_once(name: str, impl: str = "sdpa") -> PreTrainedModel:
+    """A family's model, shared by all tests of a process; every test leaves it as it found it."""
+    model = families.build(name, impl)
+    # transformers installs its own recorders at the first use, and leaves them there: use everything once.
+    with torch.no_grad():
+        model(**families.inputs(name, model), output_hidden_states=True)
+        generate(model, families.inputs(name, model), steps=2)
+    return model
+
+
+def largest(difference: Tensor) -> float:
+    """Largest absolute entry, 0 of nothing; NaN stays NaN."""
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def generate(model: PreTrainedModel, inputs: Mapping[str, Any], steps: int = STEPS, **options: Any) -> Any:
+    """Greedy generation with everything recorded; the inputs stay untouched."""
+    copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return model.generate(
+        **copied,
+        max_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+
+
+def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], steps: int = STEPS, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens (B, S + steps) and logits (B, steps, V)."""
+    output = generate(model, inputs, steps, **options)
+    return output.sequences, torch.stack(output.logits, 1)
+
+
+@torch.no_grad()
+def assert_exact(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    removed: Mapping[int, Tensor],
+    reducer: Reducer | None = None,
+    reference: AbstractContextManager | None = None,
+    tolerance: float = TOLERANCE,
+) -> foveate.Trace:
+    """The engine computes what the masked reference computes, in the prefill and in ten greedy steps; and leaves no trace.
+
+    Args:
+        model: unpatched.
+        inputs: one prompt per row.
+        removed: {stage: (B, S) bool}.
+        reducer: removes just that; by default `Fixed(removed)`.
+        reference: by default `MaskedReference(model, removed)`.
+        tolerance: for logits.
+
+    Returns:
+        The trace of the last prefill.
+    """
+    kept = inputs["attention_mask"].bool() & ~all_removed(removed)
+    untouched = model(**inputs).logits
+    with reference or MaskedReference(model, removed):
+        expected = model(**inputs).logits
+        expected_tokens, expected_steps = greedy(model, inputs)
+    with foveate.apply(model, reducer or Fixed(removed)) as session:
+        actual = model(**inputs).logits
+        output = generate(model, inputs)
+    steps = torch.stack(output.logits, 1)
+    assert largest((expected - untouched)[kept]) >= 1e-2, "removal has no effect: the check would be vacuous"
+    assert largest((actual - expected)[kept]) <= tolerance, "prefill logits of kept slots"
+    assert largest(steps - expected_steps) <= tolerance, "logits of the greedy steps"
+    assert torch.equal(output.sequences, expected_tokens), "generated tokens"
+    assert torch.equal(model(**inputs).logits, untouched), "the model after the session"
+    assert_trace(session.trace, inputs, removed)
+    return session.trace
+
+
+def assert_trace(trace: foveate.Trace, inputs: Mapping[str, Tensor], removed: Mapping[int, Tensor]) -> None:
+    """The trace tells what was removed, and how many keys each layer stores."""
+    tokens = inputs["attention_mask"].bool()
+    visual = families.visual_slots(inputs["input_ids"])
+    length, reduced = visual.shape[1], False
+    for layer in range(families.N_LAYERS):
+        left = tokens & ~all_removed(removed, layer - 1)
+        reduced = reduced or any(stage < layer and bool(mask.any()) for stage, mask in removed.items())
+        assert torch.equal(trace.visual_tokens[:, layer], (left & visual).sum(1)), f"visual tokens of layer {layer}"
+        stored = int(left.sum(1).max()) if reduced else length
+        assert trace.kv_lengths[layer] in (stored, *_windowed(stored, length)), f"keys stored in layer {layer}"
+    for stage in removed:
+        assert torch.equal(trace.kept(stage), visual & ~all_removed(removed, stage)), f"kept after stage {stage}"
+    assert torch.allclose(trace.mean_visual_tokens, trace.visual_tokens.double().mean(1))
+
+
+def _windowed(stored: int, length: int) -> tuple[int, ...]:
+    """What a layer with an exceeded window may store instead: the last keys in reach."""
+    reach = families.WINDOW - 1
+    return (reach,) if length > reach and stored > reach else ()
+
+
+_OWN_MEMORY = ("rope_deltas",)
+"""What a model itself remembers of its last prompt."""
+
+
+def footprint(model: nn.Module) -> dict[str, Any]:
+    """Everything a patch could leave behind: instance attributes (by identity), hooks and configurations of all modules."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[name] = (
+            {key: id(value) for key, value in module.__dict__.items() if key not in _OWN_MEMORY},
+            {kind: tuple(getattr(module, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")},
+            repr(getattr(module, "config", None)),
+            module.training,
+        )
+    return found

@@ -1,0 +1,112 @@
+"""The unpatched model that never looks at a removed token: the meaning of "exact"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MaskedReference", "to_rows"]
+
+
+def to_rows(mask: Tensor, rows: int) -> Tensor:
+    """Repeat a (B, ...) tensor for beams: (rows, ...)."""
+    return mask.repeat_interleave(rows // mask.shape[0], 0)
+
+
+class MaskedReference:
+    """Nothing is taken away; in the layers after a stage no query may attend to what the stage removed.
+
+    Works on any decoder layer that is handed an `attention_mask`, in prefill and decode, with SDPA and eager attention.
+
+    Args:
+        model: unpatched.
+        removed: {stage: (B, T) bool}; T counts from the start of the KV cache.
+        merge: {stage: function of the hidden states (B, S, D) that returns new ones}; called in the prefill only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        removed: Mapping[int, Tensor],
+        merge: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ):
+        self.layers = model.get_decoder().layers
+        self.removed = dict(removed)
+        self.merge = dict(merge or {})
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> MaskedReference:
+        for i, layer in enumerate(self.layers):
+
+            def enter(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict]:
+                return self._before(i, module, args, kwargs)
+
+            def leave(module: nn.Module, args: tuple, output: Any, i: int = i) -> Any:
+                return self._after(i, output)
+
+            self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(leave))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _merged(self, stage: int, hidden: Tensor) -> Tensor:
+        is_prefill = hidden.shape[1] > 1
+        return self.merge[stage](hidden) if stage in self.merge and is_prefill else hidden
+
+    def _before(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0]
+        if layer == 0:
+            hidden = self._merged(-1, hidden)
+        gone = self._gone(layer)
+        if gone is not None:
+            kwargs = {**kwargs, "attention_mask": self._blind(layer, module, hidden, gone, kwargs)}
+        return (hidden, *args[1:]), kwargs
+
+    def _after(self, layer: int, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self._merged(layer, output[0]), *output[1:])
+        return self._merged(layer, output)
+
+    def _gone(self, layer: int) -> Tensor | None:
+        """Everything removed by the stages before a layer."""
+        gone = None
+        for stage, removed in self.removed.items():
+            if stage < layer:
+                gone = removed if gone is None else gone | removed
+        return gone
+
+    def _blind(self, layer: int, module: nn.Module, hidden: Tensor, gone: Tensor, kwargs: dict) -> Tensor:
+        """The layer's mask with the columns of removed tokens closed."""
+        rows, n_queries = hidden.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length(layer) if cache is not None else 0
+        total = past + n_queries
+        mask = kwargs.get("attention_mask")
+        if mask is None:  # transformers leaves a plainly causal mask to the kernel
+            stored = cache.get_mask_sizes(n_queries, layer)[0] if cache is not None else total
+            mask = _causal(past, total, stored, getattr(module.self_attn, "sliding_window", None))
+        columns = torch.arange(total - mask.shape[-1], total)
+        known = torch.zeros(rows, total, dtype=torch.bool)
+        known[:, : gone.shape[1]] = to_rows(gone, rows)[:, :total]
+        closed = known[:, columns][:, None, None]
+        mask = mask.expand(rows, -1, -1, -1)
+        if mask.dtype != torch.bool:
+            return mask.masked_fill(closed, torch.finfo(mask.dtype).min)
+        mask = mask & ~closed
+        return mask | ~mask.any(-1, keepdim=True)  # a query that sees nothing is removed or padding: avoid NaN
+
+
+def _causal(past: int, total: int, stored: int, window: int | None) -> Tensor:
+    """(1, 1, queries, stored) bool."""
+    queries = torch.arange(past, total)[:, None]
+    keys = torch.arange(total - stored, total)
+    seen = keys <= queries
+    if window is not None:
+        seen &= queries - keys < window
+    return seen[None, None]

@@ -1,7 +1,7 @@
 """Every golden file against our code, and the checks themselves against tampered files.
 
-`FOVEATE_GOLDENS=DIR` names a collection laid out as DIR/<method>/<stem>.npz; without it `../shared/goldens` is used if it
-is there. The repository's own compact copy, `tests/goldens`, is always checked.
+`FOVEATE_GOLDENS=DIR` names a collection laid out as DIR/<method>/<stem>.npz; without it `../shared/goldens` is used if
+it is there. The repository's own compact copy, `tests/goldens`, is always checked.
 """
 
 from __future__ import annotations

@@ -288,6 +288,7 @@ class Decision:
         origin: (B, S) long, for every slot the slot that carries its content from now on, -1 if it is dropped. Only for
             the record (pictures); without it every kept slot carries itself.
         scores: (B, S) float, for the record.
+        positions: how this removal numbers what is left; None: as the reducer's `positions` says.
     """
 
     keep: Tensor | None = None
@@ -295,6 +296,7 @@ class Decision:
     values: Tensor | None = None
     origin: Tensor | None = None
     scores: Tensor | None = None
+    positions: Positions | None = None
 
 
 class Reducer:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import families
 
+import foveate
 from foveate.engine.anatomy import resolve
 from foveate.engine.layout import Layout, build_layout
 
@@ -285,3 +286,19 @@ def test_nothing_is_worked_out_before_it_is_asked_for():
     assert "images" not in layout.__dict__
     assert layout.image_counts.tolist() == [1]
     assert "image_index" not in layout.__dict__
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_layout_inside_a_session_with_beams(name):
+    """What the engine knows while `generate` runs is enough, also when each row is repeated."""
+    model = model_of(name)
+    inputs = families.inputs(name, model)
+    with foveate.apply(model, foveate.Random(keep=5)) as session, torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+    layout = session.trace.layout
+    check_partition(layout, families.visual_slots(inputs["input_ids"]).repeat_interleave(2, 0))
+    assert layout.known
+    assert layout.image_counts.tolist() == [1] * 4
+    alone = build_layout(resolve(model), families.visual_slots(inputs["input_ids"]), inputs)
+    grids = [[block.grid for block in images[0].blocks] for images in alone.images]
+    assert [[block.grid for block in images[0].blocks] for images in layout.images] == [grids[0]] * 2 + [grids[1]] * 2

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import foveate
 from tests.families import inputs
-from tests.reference.checks import STEPS, TOLERANCE, build_once, greedy, largest
+from tests.reference.checks import STEPS, TOLERANCE, build_once, greedy, greedy_by_hand, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, draw_removed
 from tests.reference.renumbered import decoder_inputs, renumbered_greedy, shorter_prompt
@@ -36,14 +37,20 @@ def test_before_the_layers_it_is_a_shorter_prompt(name: str, impl: str, position
         types = torch.zeros_like(short["attention_mask"])
         types[short["attention_mask"].bool()] = prompt["token_type_ids"][keep]
         short["token_type_ids"] = types
-    expected = greedy(model, short, **NO_PLACEHOLDER)
+
+    def decode(given: dict[str, Tensor]) -> Tensor:
+        if name in PREFIX_MASK:  # cannot generate from embeddings
+            return greedy_by_hand(model, given)
+        return greedy(model, given, **NO_PLACEHOLDER)[1]
+
+    expected = decode(short)
     with foveate.apply(model, Fixed(removed, positions)):
-        actual = greedy(model, prompt, **NO_PLACEHOLDER)
+        actual = decode(prompt)
     with foveate.apply(model, Fixed(removed)):
-        at_their_old_places = greedy(model, prompt, **NO_PLACEHOLDER)[1]
-    assert largest(actual[1] - expected[1]) <= TOLERANCE
-    assert torch.equal(actual[0][:, -STEPS:], expected[0][:, -STEPS:])
-    assert largest(at_their_old_places - expected[1]) >= 1e-2, "the choice of positions must matter"
+        at_their_old_places = decode(prompt)
+    assert largest(actual - expected) <= TOLERANCE
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+    assert largest(at_their_old_places - expected) >= 1e-2, "the choice of positions must matter"
 
 
 @torch.no_grad()

@@ -55,8 +55,7 @@ def test_a_row_keeps_the_same_tokens_alone_and_in_any_batch():
     model = build_once("llava_next")  # rows of different length, images of different size
     inputs = families.inputs("llava_next", model, batch=3)
     together = kept_numbers(model, inputs, foveate.Random(keep=7))
-    tokens, steps = greedy(model, inputs, steps=1)
-    assert len({len(row) for row in inputs["attention_mask"].tolist()}) == 1
+    assert len(set(inputs["attention_mask"].sum(1).tolist())) == 3
     for row in range(3):
         start = int(inputs["attention_mask"][row].argmax())
         alone = {

@@ -17,7 +17,7 @@ from tests import families
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, all_removed
 
-__all__ = ["STEPS", "TOLERANCE", "assert_exact", "build_once", "footprint", "generate", "greedy", "largest"]
+__all__ = ["STEPS", "TOLERANCE", "assert_exact", "build_once", "footprint", "generate", "greedy", "greedy_by_hand", "largest"]
 
 TOLERANCE = 2e-4
 """Largest difference of float32 logits between the engine and the masked reference."""
@@ -62,6 +62,19 @@ def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], steps: int = STEPS
 
 
 @torch.no_grad()
+def greedy_by_hand(model: PreTrainedModel, prompt: Mapping[str, Any], steps: int = STEPS) -> Tensor:
+    """Logits (B, steps, V) of a loop that says nothing about positions: the model must count by itself."""
+    output = model(**prompt, use_cache=True)
+    mask, logits = prompt["attention_mask"], [output.logits[:, -1]]
+    for _ in range(steps - 1):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        token = logits[-1].argmax(-1, keepdim=True)
+        output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
+        logits.append(output.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+@torch.no_grad()
 def assert_exact(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
@@ -89,9 +102,10 @@ def assert_exact(
         expected = model(**inputs).logits
         expected_tokens, expected_steps = greedy(model, inputs)
     with foveate.apply(model, reducer or Fixed(removed)) as session:
-        actual = model(**inputs).logits
+        forward = model(**inputs, use_cache=True)
+        assert session.trace.kv_lengths == [layer.keys.shape[-2] for layer in forward.past_key_values.layers]
         output = generate(model, inputs)
-    steps = torch.stack(output.logits, 1)
+    actual, steps = forward.logits, torch.stack(output.logits, 1)
     assert largest((expected - untouched)[kept]) >= 1e-2, "removal has no effect: the check would be vacuous"
     assert largest((actual - expected)[kept]) <= tolerance, "prefill logits of kept slots"
     assert largest(steps - expected_steps) <= tolerance, "logits of the greedy steps"
@@ -123,8 +137,8 @@ def _windowed(stored: int, length: int) -> tuple[int, ...]:
     return (reach,) if length > reach and stored > reach else ()
 
 
-_OWN_MEMORY = ("rope_deltas",)
-"""What a model itself remembers of its last prompt."""
+_OWN_MEMORY = ("rope_deltas", "_cache")
+"""What a model itself remembers of its last prompt, patched or not."""
 
 
 def footprint(model: nn.Module) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class MaskedReference:
         for i, layer in enumerate(self.layers):
 
             def enter(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict]:
-                return self._before(i, module, args, kwargs)
+                return self._before(i, args, kwargs)
 
             def leave(module: nn.Module, args: tuple, output: Any, i: int = i) -> Any:
                 return self._after(i, output)
@@ -59,13 +59,13 @@ class MaskedReference:
         is_prefill = hidden.shape[1] > 1
         return self.merge[stage](hidden) if stage in self.merge and is_prefill else hidden
 
-    def _before(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _before(self, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden = args[0]
         if layer == 0:
             hidden = self._merged(-1, hidden)
         gone = self._gone(layer)
         if gone is not None:
-            kwargs = {**kwargs, "attention_mask": self._blind(layer, module, hidden, gone, kwargs)}
+            kwargs = {**kwargs, "attention_mask": self._blind(layer, hidden, gone, kwargs)}
         return (hidden, *args[1:]), kwargs
 
     def _after(self, layer: int, output: Any) -> Any:
@@ -81,16 +81,17 @@ class MaskedReference:
                 gone = removed if gone is None else gone | removed
         return gone
 
-    def _blind(self, layer: int, module: nn.Module, hidden: Tensor, gone: Tensor, kwargs: dict) -> Tensor:
+    def _blind(self, layer: int, hidden: Tensor, gone: Tensor, kwargs: dict) -> Tensor:
         """The layer's mask with the columns of removed tokens closed."""
         rows, n_queries = hidden.shape[:2]
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length(layer) if cache is not None else 0
         total = past + n_queries
         mask = kwargs.get("attention_mask")
-        if mask is None:  # transformers leaves a plainly causal mask to the kernel
+        if mask is None:  # transformers leaves a plainly causal mask, within all windows, to the kernel
             stored = cache.get_mask_sizes(n_queries, layer)[0] if cache is not None else total
-            mask = _causal(past, total, stored, getattr(module.self_attn, "sliding_window", None))
+            mask = torch.arange(total - stored, total) <= torch.arange(past, total)[:, None]
+            mask = mask[None, None]
         columns = torch.arange(total - mask.shape[-1], total)
         known = torch.zeros(rows, total, dtype=torch.bool)
         known[:, : gone.shape[1]] = to_rows(gone, rows)[:, :total]
@@ -100,13 +101,3 @@ class MaskedReference:
             return mask.masked_fill(closed, torch.finfo(mask.dtype).min)
         mask = mask & ~closed
         return mask | ~mask.any(-1, keepdim=True)  # a query that sees nothing is removed or padding: avoid NaN
-
-
-def _causal(past: int, total: int, stored: int, window: int | None) -> Tensor:
-    """(1, 1, queries, stored) bool."""
-    queries = torch.arange(past, total)[:, None]
-    keys = torch.arange(total - stored, total)
-    seen = keys <= queries
-    if window is not None:
-        seen &= queries - keys < window
-    return seen[None, None]

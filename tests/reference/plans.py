@@ -12,7 +12,7 @@ from foveate.reduction import Decision, Reducer, TapSpec, View
 from tests.families import visual_slots
 from tests.reference.masked import to_rows
 
-__all__ = ["Fixed", "KeepAll", "Watch", "all_removed", "draw_removed"]
+__all__ = ["Fixed", "KeepAll", "TopOfLast", "Watch", "all_removed", "draw_removed"]
 
 
 def draw_removed(input_ids: Tensor, counts: Mapping[int, Sequence[int]], seed: int = 0) -> dict[int, Tensor]:
@@ -91,3 +91,20 @@ class KeepAll(Reducer):
 
     def decide(self, view: View) -> Decision:
         return Decision(keep=view.active)
+
+
+class TopOfLast(Reducer):
+    """Keeps the `keep` visual tokens of each row that the last prompt token attends to most: a decision that adapts."""
+
+    stages = (1,)
+    taps = {1: TapSpec("last")}  # noqa: RUF012
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.views: list[View] = []
+
+    def decide(self, view: View) -> Decision:
+        self.views.append(view)
+        scores = view.tap.per_slot(view.visual.shape[1]).masked_fill(~view.active_visual, -1.0)
+        best = torch.zeros_like(view.visual).scatter(1, scores.topk(self.keep, dim=1).indices, True)
+        return Decision(~view.visual | best, scores=scores)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from ..reduction import UnsupportedError
 
@@ -124,7 +125,9 @@ class Anatomy:
     @cached_property
     def sliding_windows(self) -> tuple[int | None, ...]:
         """Sliding window of each decoder layer in tokens, None where it attends to everything."""
-        return tuple(getattr(self.attention(layer), "sliding_window", None) for layer in range(self.depth))
+        # Families keep the window in different places; the cache they get knows them all.
+        layers = DynamicCache(config=self.config).layers
+        return tuple(getattr(layer, "sliding_window", None) for layer in layers) or (None,) * self.depth
 
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of a decoder layer at `positions` (B, n): (B, n, d) each. `UnsupportedError` without 1-D RoPE."""

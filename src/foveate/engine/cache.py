@@ -20,10 +20,9 @@ class LogicalLayer(DynamicLayer):
 
     Attributes:
         kept: (B, n) logical slot of each stored key, -1 for a filler of a ragged batch.
-        count: (B, 1) tokens ever stored per row: the next position when positions are renumbered.
+        next: (B, 1) position of the next token in this layer, None where the model's own positions hold.
         total: logical length, removed tokens included.
         filled: whether any stored key may be a filler.
-        renumbered: whether positions in this layer are counted in stored tokens.
     """
 
     is_croppable = True
@@ -33,23 +32,22 @@ class LogicalLayer(DynamicLayer):
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.kept: Tensor | None = None
-        self.count: Tensor | None = None
+        self.next: Tensor | None = None
         self.total = 0
         self.filled = False
-        self.renumbered = False
         self.record_past = False
-        self._announced: tuple[Tensor, Tensor, int] | None = None
+        self._announced: tuple[Tensor, Tensor | None, int] | None = None
 
-    def announce(self, kept: Tensor, count: Tensor, length: int) -> None:
-        """Called before the layer runs: `kept` and `count` as they will be afterwards, and the logical length added."""
-        self._announced = (kept, count, length)
+    def announce(self, kept: Tensor, next_position: Tensor | None, length: int) -> None:
+        """Called before the layer runs: `kept` and `next` as they will be afterwards, and the logical length added."""
+        self._announced = (kept, next_position, length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self._announced is None:
             raise RuntimeError(
                 "this KV cache holds reduced prompts: use it only while the reduction that filled it is applied"
             )
-        (self.kept, self.count, length), self._announced = self._announced, None
+        (self.kept, self.next, length), self._announced = self._announced, None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.total += length
         if not self.record_past:
@@ -79,7 +77,7 @@ class LogicalLayer(DynamicLayer):
         return 0 if self.keys is None else self.keys.shape[-2]
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.kept is None or self.count is None:
+        if self.kept is None:
             return
         removed = abs(tokens_to_remove)
         if removed:
@@ -90,13 +88,13 @@ class LogicalLayer(DynamicLayer):
             if stored:
                 super().crop(-stored)
                 self.kept = self.kept[:, : self.kept.shape[1] - stored]
-                self.count = self.count - stored
+            self.next = None if self.next is None else self.next - removed
             self.total -= removed
         self._evict()
 
     def reset(self) -> None:
         super().reset()
-        self.kept, self.count, self.total, self.filled, self._announced = None, None, 0, False, None
+        self.kept, self.next, self.total, self.filled, self._announced = None, None, 0, False, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -111,8 +109,8 @@ class LogicalLayer(DynamicLayer):
         self._rows(lambda t: t[indices])
 
     def _rows(self, change) -> None:
-        if self.kept is not None and self.count is not None:
-            self.kept, self.count = change(self.kept), change(self.count)
+        self.kept = None if self.kept is None else change(self.kept)
+        self.next = None if self.next is None else change(self.next)
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -147,7 +145,6 @@ def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:
         new.lazy_initialization(keys, values)
         new.keys, new.values, new.total = keys, values, total
         new.kept = torch.arange(total - stored, total, device=keys.device)[None].expand(rows, stored)
-        new.count = torch.full((rows, 1), total, device=keys.device)
     cache.layers[layer] = new
     return new
 

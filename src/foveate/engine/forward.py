@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..reduction import BEFORE_LAYERS, Decision, Patches, Reducer, Tap, UnsupportedError, View
+from ..reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, UnsupportedError, View
 from .anatomy import Anatomy
 from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
@@ -64,12 +64,13 @@ class ForwardPass:
     _frame: Tensor | None = None
     _mine: Tensor | None = None
     _reach: Reach | None = None
+    _positions: Tensor | None = None
+    _next: Tensor | None = None
     _patches: dict[int, Patches] | None = None
     _project: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.stages = frozenset(self.reducer.stages) if self.visual is not None else frozenset()
-        self.renumber = self.reducer.positions != "keep"
         self._keys_per_layer = [0] * self.anatomy.depth
         if self.visual is not None:
             self.trace = Trace(self.anatomy.depth, self.visual, self.tokens[:, : self.prompt], self.layout)
@@ -89,7 +90,8 @@ class ForwardPass:
             if hidden is not given or self.active is not None:
                 self.first_frame = hidden
         self._frame, self._reach = hidden, None
-        stored = self._stored(layer, kwargs.get("past_key_values"))
+        self.cache = kwargs.get("past_key_values")
+        stored = self._stored(layer, self.cache)
         self._keys_per_layer[layer] = self.past + self.length
         if self.active is None and stored is None:
             return None if hidden is given else _with_hidden(args, kwargs, hidden)
@@ -134,9 +136,7 @@ class ForwardPass:
         if cache is None:
             return None
         if self.active is not None:
-            stored = logical_layer(cache, layer)
-            stored.renumbered |= self.renumber
-            return stored
+            return logical_layer(cache, layer)
         current = cache.layers[layer] if layer < len(cache.layers) else None
         return current if isinstance(current, LogicalLayer) else None
 
@@ -150,13 +150,11 @@ class ForwardPass:
         key = ("keys", id(stored.kept), stored.total)
         if key not in self._memo:
             new = rows + past if valid is None else torch.where(valid, rows + past, -1)
-            added = self.active.counts if self.active is not None else torch.full_like(rows[:, :1], self.length)
-            if stored.kept is None or stored.count is None:
-                self._memo[key] = (new, added, None)
-            else:
-                self._memo[key] = (torch.cat([stored.kept, new], 1), stored.count + added, stored.kept)
-        kept, count, _ = self._memo[key]
-        stored.announce(kept, count, self.length)
+            after = self._next if stored.next is None else stored.next + self.length
+            kept = new if stored.kept is None else torch.cat([stored.kept, new], 1)
+            self._memo[key] = (kept, after, stored.kept)
+        kept, after, _ = self._memo[key]
+        stored.announce(kept, after, self.length)
         stored.filled |= valid is not None
         queries = self._memo.setdefault(("queries", past), rows + past)
         index = rows if self.active is not None else None
@@ -177,7 +175,7 @@ class ForwardPass:
         return self._memo[key][0]
 
     def _rope(self, layer: int, rope: Any, hidden: Tensor, stored: LogicalLayer | None) -> Any:
-        counted = stored.renumbered if stored is not None else self.renumber
+        counted = self._positions is not None or (stored is not None and stored.next is not None)
         window = self.anatomy.sliding_windows[layer]
         if counted and window is not None and self.past + self.length > window:
             raise UnsupportedError(
@@ -193,15 +191,13 @@ class ForwardPass:
         return self._memo[key][0]
 
     def _counted_positions(self, stored: LogicalLayer | None) -> Tensor:
-        """Positions counted in stored tokens, (B, n): 0, 1, ... in the prefill, then each layer's own length."""
-        if self.active is None:
-            assert stored is not None
-            assert stored.count is not None
-            return stored.count + torch.arange(self.length, device=stored.count.device)
-        if self.past:
-            raise UnsupportedError(f"positions={self.reducer.positions!r} on a continued cache; use positions='keep'")
-        rank = torch.arange(self.active.size, device=self.active.index.device) - self.active.size
-        return (rank + self.active.counts).clamp_min(0)
+        """Positions (B, n) that are not the model's own: as renumbered, or going on from a layer's own length."""
+        rows = self._rows()[0]
+        if self._positions is not None:
+            return self._positions.gather(1, rows)
+        assert stored is not None
+        assert stored.next is not None
+        return stored.next + rows
 
     def _take(self, value: Any) -> Any:
         if self.active is not None and isinstance(value, Tensor) and value.shape[:2] == (self.rows, self.length):
@@ -254,7 +250,7 @@ class ForwardPass:
         if decision.slots is not None:
             hidden = self._overwrite(hidden, decision)
         if decision.keep is not None:
-            self._remove(_checked_keep(decision.keep, active))
+            self._remove(_checked_keep(decision.keep, active), decision.positions or self.reducer.positions)
         record = StageRecord(stage, self._active()[:, :prompt], decision.origin, decision.scores)
         self.trace.records.append(record)
         return hidden
@@ -278,7 +274,7 @@ class ForwardPass:
         index = torch.where(slots < 0, last, slots)[..., None].expand_as(values)
         return hidden.scatter(1, index, values)
 
-    def _remove(self, keep: Tensor) -> None:
+    def _remove(self, keep: Tensor, positions: Positions) -> None:
         keep = _widen(keep, self.length, True) & self._active()
         if self.required is not None:
             keep = keep | (self.required & self._active())
@@ -293,6 +289,10 @@ class ForwardPass:
         if last_gone:
             raise ValueError("a decision removed the last token of a row; its logits are needed")
         self.active, self._memo = ActiveSet.of(keep, shortest, longest), {}
+        if positions != "keep":
+            if self.past:
+                raise UnsupportedError(f"positions={positions!r} on a continued cache; use positions='keep'")
+            self._positions, self._next = (keep.cumsum(1) - 1).clamp_min(0), count[:, None]
 
 
 def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:

@@ -52,11 +52,6 @@ class ActiveSet:
             self._on[device] = (self.index + offset).reshape(-1).to(device)
         return self._on[device]
 
-    @property
-    def counts(self) -> Tensor:
-        """(B, 1) tokens that run in each sample."""
-        return self.keep.sum(1, keepdim=True)
-
 
 def take_rows(frame: Tensor, active: ActiveSet) -> Tensor:
     """(B, S, ...) -> (B, n, ...)."""

@@ -1,4 +1,4 @@
-"""Which sequence slot is which patch of which image, tile or frame: for merging, for budgets per image, for pictures.
+"""Which sequence slot is which patch of which image, tile or frame: for merging, budgets and pictures.
 
 Lives here: the description, and how patches are laid onto the slots of the prompt. What a family's images consist of is
 in `layout_families`. Nothing here is needed to run a model: an unknown family gets contiguous runs, marked as a guess.
@@ -71,7 +71,7 @@ class ImageLayout:
 
 
 class Layout:
-    """Where the patches of a batch are. Worked out when first asked for; costs two device syncs then, none before.
+    """Where the patches of a batch are. Worked out when first asked for, at a few device syncs; free until then.
 
     Made by `build_layout`.
     """

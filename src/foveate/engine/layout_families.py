@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+_PLACED_BY_PIXELS = ("internvl", "aya_vision")
 _MARKER = 8  # tokens at most for a line break, <fake> and the tag of a tile, which is one token or spelt out
 _THUMB = 16  # pixels per side to which tiles are shrunk to compare them with the thumbnail
 
@@ -84,7 +85,10 @@ class Prompt:
             "batch_num_images",
         )
         kept = {name: info[name] for name in names if info.get(name) is not None}
-        return cls(anatomy, visual, kept, _lengths(info.get("image_features")), _shrink(info.get("pixel_values")))
+        thumbs = None
+        if getattr(anatomy.config, "model_type", "") in _PLACED_BY_PIXELS:
+            thumbs = _shrink(info.get("pixel_values"))
+        return cls(anatomy, visual, kept, _lengths(info.get("image_features")), thumbs)
 
     def on_cpu(self, visual: Tensor) -> Prompt:
         """The same with all tensors on the CPU (the device syncs of a layout)."""
@@ -145,7 +149,7 @@ def _lengths(features: Any) -> tuple[int, ...] | None:
 
 
 def _shrink(pixels: Any) -> Tensor | None:
-    if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.numel() == 0:
         return None
     return functional.adaptive_avg_pool2d(pixels.detach().float(), _THUMB)
 
@@ -166,7 +170,10 @@ def plan(prompt: Prompt) -> list[Stream]:
 
 
 def _squares(prompt: Prompt) -> list[Stream]:
-    """LLaVA, VipLLaVA, Gemma 3, PaliGemma: each image one square of a fixed number of patches."""
+    """LLaVA, VipLLaVA, Gemma 3, PaliGemma: each image one square of a fixed number of patches.
+
+    A crop of Gemma 3's pan-and-scan is an image of its own: nothing in the inputs says that it is a crop.
+    """
     tokens = getattr(prompt.config, "mm_tokens_per_image", None)
     if not tokens:
         tokens = prompt.lengths[0] if prompt.lengths and len(set(prompt.lengths)) == 1 else _tower_side(prompt) ** 2

@@ -7,6 +7,7 @@ Official forward hooks on the decoder and its layers, instance attributes over t
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,7 @@ class Session:
         self._prompt: int | None = None
         self._called: dict[str, Any] = {}
         self._features: dict[str, Any] = {}
+        self._encoding = False
         self._vision: VisionReader | None = None
         self._installed = False
         try:
@@ -153,7 +155,7 @@ class Session:
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._prompt = None
+                self._prompt, self._features = None, {}
 
         return watched
 
@@ -170,11 +172,21 @@ class Session:
 
     def _watch_features(self, get_features: Callable) -> Callable:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._encoding:  # a video encoder that calls the image encoder
+                return get_features(*args, **kwargs)
             if self._vision is not None:
                 self._vision.clear()
-            features = get_features(*args, **kwargs)
-            self._features.update({name: value for name, value in kwargs.items() if not name.startswith("pixel")})
-            self._features["image_features"] = getattr(features, "pooler_output", features)
+            self._encoding = True
+            try:
+                features = get_features(*args, **kwargs)
+            finally:
+                self._encoding = False
+            given = dict(zip(inspect.signature(get_features).parameters, args)) | kwargs
+            is_video = get_features.__name__ == "get_video_features"
+            self._features.update({name: value for name, value in given.items() if value is not None})
+            self._features["video_features" if is_video else "image_features"] = getattr(
+                features, "pooler_output", features
+            )
             return features
 
         return watched
@@ -187,11 +199,7 @@ class Session:
     def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._placeholders, self._pass = None, None
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._called = {name: value for name, value in kwargs.items() if not name.startswith("pixel")}
-        self._called["input_ids"] = ids
-        self._called["pixel_shapes"] = {
-            n: tuple(v.shape) for n, v in kwargs.items() if n.startswith("pixel") and v is not None
-        }
+        self._called = {**kwargs, "input_ids": ids}
         images = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
         unseen = self.given is None and not hasattr(self.anatomy.base, "get_placeholder_mask")
         if unseen and any(kwargs.get(name) is not None for name in images):
@@ -284,6 +292,8 @@ class Session:
 
     def _decoder_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
         done, self._pass, self._placeholders = self._pass, None, None
+        if self._prompt is None:  # inside generate() the features of the prompt may be needed once more
+            self._features = {}
         if done is None or done.trace is None or output is None:
             return None
         self.trace = done.finish()
@@ -307,6 +317,8 @@ class Session:
 
 def _check(reducer: Reducer, anatomy: Anatomy) -> None:
     """Refuse layers that do not exist and positions that cannot be renumbered."""
+    for member in getattr(reducer, "members", ()):
+        _check(member, anatomy)
     kind, depth = type(reducer).__name__, anatomy.depth
     for stage in reducer.stages:
         if not BEFORE_LAYERS <= stage < depth:

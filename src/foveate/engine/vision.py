@@ -236,7 +236,7 @@ def _lay(plan: _Plan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: 
 
 
 def _grouped(part: Tensor, height: int, width: int, step: int) -> Tensor:
-    """Mean over step x step neighbours of a row-major grid: (I, height * width, ...) -> (I * h * w / step ** 2, ...)."""
+    """Mean over step x step neighbours of row-major grids: (I, height * width, ...) -> (I * h * w / step^2, ...)."""
     if step == 1:
         return part.reshape(-1, *part.shape[2:])
     part = part.reshape(part.shape[0], height // step, step, width // step, step, *part.shape[2:])

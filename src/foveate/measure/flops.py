@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..engine.session import apply
 from ..engine.trace import Trace
@@ -185,10 +187,7 @@ def schedule(geometry: Geometry, reducer: Reducer) -> Schedule:
     return Schedule(session.trace.visual_tokens[0], session.trace.visual_tokens_after[0])
 
 
-def _stand_in(layers: int, length: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+def _stand_in(layers: int, length: int) -> LlamaForCausalLM:
     if _NO_ATTENTION not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(_NO_ATTENTION, _own_value)
     config = LlamaConfig(
@@ -198,8 +197,8 @@ def _stand_in(layers: int, length: int) -> nn.Module:
         num_attention_heads=16,  # some methods choose among 14 heads or more
         vocab_size=8,
         max_position_embeddings=length,
-        attn_implementation=_NO_ATTENTION,
     )
+    config._attn_implementation = _NO_ATTENTION
     return LlamaForCausalLM(config).eval()
 
 

@@ -60,10 +60,9 @@ def farthest_points(features: Tensor, valid: Tensor, counts: Tensor, most: int, 
     if distances is None:
         score = _nearest_other(points, valid)
     else:
-        masked = distances.masked_fill(~valid[:, None], torch.inf)
-        masked.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        score = masked.amin(2)
-        del masked
+        distances.masked_fill_(~valid[:, None], torch.inf).diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        score = distances.amin(2)
+        distances.diagonal(dim1=1, dim2=2).fill_(0.0)
     # A sample of one token has no neighbour at all, but it is a token.
     current = (score.clamp_max(4.0) + dead).argmax(1, keepdim=True)
     order = current.new_full((samples, most), -1)

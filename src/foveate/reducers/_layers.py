@@ -25,7 +25,7 @@ def check_layer(layer: Any, first: int, option: str = "layer") -> None:
 
 
 def resolve_layer(layer: int | float, depth: int, first: int, option: str = "layer") -> int:
-    """Layer number in a decoder of `depth` layers; a fraction is rounded. Raises `OptionError` beyond the last layer."""
+    """Layer number in a decoder of `depth` layers; fractions are rounded. Raises `OptionError` beyond the last one."""
     number = min(max(round(layer * depth), first), depth - 1) if isinstance(layer, float) else layer
     if not first <= number < depth:
         raise OptionError(f"{option}={layer}: this model has {depth} decoder layers; choose {first} to {depth - 1}")

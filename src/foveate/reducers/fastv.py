@@ -41,8 +41,8 @@ class FastV(Reducer):
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]), that stay from `layer` on. This is how
-            FastV's budgets are quoted; averaged over all layers more than `keep` are computed, because the first `layer`
-            layers see every token (LLaVA-1.5-7B: 192 after layer 2 of 32 are 216 on average).
+            FastV's budgets are quoted; averaged over all layers more than `keep` are computed, because the first
+            `layer` ones see every token (LLaVA-1.5-7B: 192 after layer 2 of 32 are 216 on average).
         layer: K, the first decoder layer (counted from 0) that runs on fewer tokens: an int from 1 on, or a float in
             (0, 1), a fraction of the depth. The paper's default is 2.
         average: "after_layer": `keep` as above. "all_layers": `keep` is the mean of the visual tokens that enter the
@@ -78,8 +78,8 @@ class FastV(Reducer):
         fraction = self._budget.keep
         if self.average == "all_layers" and isinstance(fraction, float) and fraction * self._depth <= self._first:
             raise OptionError(
-                f"keep={self.keep} as a mean over {self._depth} layers cannot be met: the first {self._first} see all tokens; "
-                "choose a smaller layer"
+                f"keep={self.keep} as a mean over {self._depth} layers cannot be met: "
+                f"the first {self._first} see all tokens; choose a smaller layer"
             )
 
     def _counts(self, visual: Tensor, images: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def _draw(rank: Tensor, seed: int) -> Tensor:
 class Random(Reducer):
     """Keep a uniformly random subset of the visual tokens.
 
-    Which tokens stay depends on `seed` and on a token's number among the visual tokens of its sample, on nothing else: a
-    sample keeps the same tokens alone, in a batch, with any padding, on any device and at every call, and a smaller
+    Which tokens stay depends on `seed` and on a token's number among the visual tokens of its sample, on nothing else:
+    a sample keeps the same tokens alone, in a batch, with any padding, on any device and at every call, and a smaller
     budget keeps a subset of a larger one. Samples with equally many visual tokens therefore share one pattern; average
     over several seeds when the choice itself is what is measured.
 

@@ -36,9 +36,9 @@ class VTW(Reducer):
             Default: half of the depth, 16 of 32 layers as in the official code. K depends on model and task: see
             `foveate.tune`.
         keep: instead of `layer`, the visual tokens per image (int) or their fraction (float in (0, 1]) that the decoder
-            layers see on average: K = round(depth * fraction), at least 1; 1.0 withdraws nothing. A count is turned into
-            a fraction of each sample's own visual tokens, so samples of one batch may differ in K. The mean can be met
-            in steps of 1 / depth only; `Trace.mean_visual_tokens` says what it was.
+            layers see on average: K = round(depth * fraction), at least 1; 1.0 withdraws nothing. A count is turned
+            into a fraction of each sample's own visual tokens, so samples of one batch may differ in K. The mean can be
+            met in steps of 1 / depth only; `Trace.mean_visual_tokens` says what it was.
         positions: "keep" (official default): text keeps its positions. "renumber": from K on, positions are counted
             without the image, also while decoding (the official code's other branch, "shift").
         faithful: the official layer, 16, at any depth unless `layer` is given as a number.

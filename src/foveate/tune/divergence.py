@@ -11,7 +11,7 @@ __all__ = ["next_token_divergence"]
 def next_token_divergence(reduced_logits: Tensor, full_logits: Tensor) -> Tensor:
     """KL(p_reduced || p_full) in nats, in float32.
 
-    This direction, reduced distribution first, is the one of VTW's code (lzhxmu/VTW @ a3d8cfc3; its paper says "between").
+    This direction, reduced distribution first, is that of VTW's code (lzhxmu/VTW @ a3d8cfc3; its paper says "between").
 
     Args:
         reduced_logits: (..., V).

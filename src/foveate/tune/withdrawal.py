@@ -1,6 +1,7 @@
 """VTW's search: from which decoder layer on can a model do without its visual tokens?
 
-* `withdrawal_curve`: the divergence from the full model for every layer, at the cost of little more than one pass.
+* `withdrawal_curve`: the divergence from the full model for every layer. LLaVA-1.5-7B with 50 text tokens after the
+  image: the layer-token products of 2.5 full passes per sample, against 17.7 for the official search.
 * `choose_layer`: the first layer whose mean divergence is small enough.
 
 Paper: arXiv 2405.05803; official code: lzhxmu/VTW @ a3d8cfc3, which runs one whole prefill per layer and sample.
@@ -52,8 +53,8 @@ def withdrawal_curve(
         progress: called with the number of finished passes and of all passes.
 
     Returns:
-        float32 (n_samples, n_layers - first_layer) in nats, on the CPU; column j is K = first_layer + j. Rows without an
-        image are zero. n_samples counts the rows of all batches.
+        float32 (n_samples, n_layers - first_layer) in nats, on the CPU; column j is K = first_layer + j, and n_samples
+        counts the rows of all batches. Rows without an image are zero.
 
     Raises:
         OptionError: `first_layer` is no layer of this model, there is no batch, or a batch has no visual token.
@@ -62,7 +63,7 @@ def withdrawal_curve(
     anatomy = resolve(model, text_only=visual is not None)
     if isinstance(first_layer, bool) or not isinstance(first_layer, int) or not 0 <= first_layer < anatomy.depth:
         raise OptionError(
-            f"first_layer={first_layer!r}: this model has {anatomy.depth} decoder layers; choose 0 to {anatomy.depth - 1}"
+            f"first_layer={first_layer!r}: choose 0 to {anatomy.depth - 1} of {anatomy.depth} decoder layers"
         )
     if isinstance(batches, Mapping) or len(batches) == 0:
         raise OptionError("batches: give a list with at least one dict of model arguments")
@@ -116,7 +117,8 @@ class _Listen(Reducer):
     def decide(self, view: View) -> None:
         if not self.text:
             self.text = (view.tokens & ~view.visual).nonzero(as_tuple=True)
-        self.inputs[view.stage + 1] = view.hidden[self.text]
+        device = view.hidden.device  # layers may be spread over several
+        self.inputs[view.stage + 1] = view.hidden[tuple(index.to(device) for index in self.text)]
 
 
 class _Withdraw(Reducer):
@@ -189,7 +191,8 @@ def _skip(text: tuple[Tensor, ...], states: Tensor | None, extra: tuple[None, ..
     def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         if states is not None:
             # What stands in the other slots does not matter: they are withdrawn before anybody reads them.
-            hidden_states = torch.zeros_like(hidden_states).index_put_(text, states)
+            index = tuple(part.to(states.device) for part in text)
+            hidden_states = states.new_zeros(hidden_states.shape).index_put_(index, states)
         return hidden_states if extra is None else (hidden_states, *extra)
 
     return forward

@@ -1,0 +1,240 @@
+"""What the engine costs: every reduction against the fastest run that its token counts allow.
+
+The ceiling ("reachable") is not the FLOPs ratio, since short sequences run at lower efficiency, but the unpatched layers
+on a physically shorter sequence: for removal before layer 0 the unpatched model on the shorter prompt, for removal
+inside the decoder a hand-written loop over its layers that cuts the hidden states. Random weights: this measures speed,
+never accuracy. Process CPU time of one thread, runs interleaved in random order, minimum and median of paired ratios.
+
+    python benchmarks/speed.py --repeats 12 --json benchmarks/results/speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import foveate
+
+VISUAL, TEXT, PREFIX = 576, 64, 20
+LENGTH = VISUAL + TEXT
+
+
+class Fixed(foveate.Reducer):
+    """Keeps `count` evenly spaced visual tokens after `stage`: an engine without a method."""
+
+    def __init__(self, stage: int, count: int):
+        self.stages, self.count = (stage,), count
+
+    def decide(self, view: foveate.View) -> foveate.Decision:
+        slots = view.visual[0].nonzero()[:, 0]
+        keep = ~view.visual
+        keep[:, slots[torch.linspace(0, len(slots) - 1, self.count).long()]] = True
+        return foveate.Decision(keep=keep)
+
+
+def cases() -> dict[str, foveate.Reducer]:
+    """What is measured, by name."""
+    return {
+        "nothing removed": Fixed(-1, VISUAL),
+        "fixed, before layer 0, 64": Fixed(-1, 64),
+        "fixed, before layer 0, 144": Fixed(-1, 144),
+        "fixed, after layer 1, 64": Fixed(1, 64),
+        "fixed, after layer 1, 144": Fixed(1, 144),
+        "random, before layer 0, 64": foveate.Random(keep=64),
+        "fastv, after layer 1, 64": foveate.FastV(keep=64),
+        "fastv, after layer 1, 144": foveate.FastV(keep=144),
+        "sparsevlm, layer average 128": foveate.SparseVLM(keep=128),
+        "sparsevlm, layer average 192": foveate.SparseVLM(keep=192),
+        "vtw, layer 8": foveate.VTW(layer=8),
+    }
+
+
+def decoder(layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=16, vocab_size=1000, max_position_embeddings=4096,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def prompt() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (1, S, D) and visual slots (1, S)."""
+    embeds = torch.randn(1, LENGTH, 1024, generator=torch.Generator().manual_seed(1)) * 0.02
+    visual = torch.zeros(1, LENGTH, dtype=torch.bool)
+    visual[:, PREFIX : PREFIX + VISUAL] = True
+    return embeds, visual
+
+
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    gc.disable()
+    start = time.process_time()
+    run()
+    seconds = time.process_time() - start
+    gc.enable()
+    return seconds
+
+
+def hand_loop(model: LlamaForCausalLM, embeds: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The unpatched layers on sequences cut to `lengths` tokens: what a fork written for one model would do."""
+    decoder, cache = model.model, DynamicCache(config=model.config)
+    hidden = embeds[:, : lengths[0]]
+    positions = torch.arange(lengths[0])[None]
+    rope = decoder.rotary_emb(hidden, positions)
+    for layer, length in zip(decoder.layers, lengths):
+        if length != hidden.shape[1]:
+            index = torch.arange(length)  # a gather, as any selection needs
+            hidden, rope = hidden.index_select(1, index), tuple(part.index_select(1, index) for part in rope)
+        hidden = layer(hidden, position_embeddings=rope, past_key_values=cache, use_cache=True)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return model.lm_head(decoder.norm(hidden)[:, -1:])
+
+
+def measure(layers: int, repeats: int) -> dict[str, Any]:
+    model = decoder(layers)
+    embeds, visual = prompt()
+
+    def full(inputs: torch.Tensor = embeds) -> Any:
+        return model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
+
+    def patched(reducer: foveate.Reducer) -> float:
+        with foveate.apply(model, reducer, visual=visual):
+            return cpu_seconds(full)
+
+    rows = {}
+    with torch.inference_mode():
+        full_times = {}
+        for name, reducer in cases().items():
+            with foveate.apply(model, reducer, visual=visual) as session:
+                full()
+            lengths = (session.trace.visual_tokens[0] + TEXT).tolist()
+            if len(set(lengths)) == 1:
+                ceiling = lambda n=lengths[0]: full(embeds[:, :n])  # noqa: E731
+            else:
+                ceiling = lambda counts=lengths: hand_loop(model, embeds, counts)  # noqa: E731
+            runs = {"full": lambda: cpu_seconds(full), "ceiling": lambda c=ceiling: cpu_seconds(c)}
+            runs["reduced"] = lambda r=reducer: patched(r)
+            times: dict[str, list[float]] = {key: [] for key in runs}
+            for repeat in range(repeats + 1):
+                order = list(runs)
+                random.Random(repeat).shuffle(order)
+                for key in order:
+                    seconds = runs[key]()
+                    if repeat:
+                        times[key].append(seconds)
+            full_times[name] = times["full"]
+            rows[name] = {
+                "entering": sum(lengths) / len(lengths) - TEXT,
+                "full_ms": 1e3 * min(times["full"]),
+                "ceiling_ms": 1e3 * min(times["ceiling"]),
+                "reduced_ms": 1e3 * min(times["reduced"]),
+                "reach_min": min(times["ceiling"]) / min(times["reduced"]),
+                "reach_median": statistics.median(c / r for c, r in zip(times["ceiling"], times["reduced"])),
+                "speedup_median": statistics.median(f / r for f, r in zip(times["full"], times["reduced"])),
+            }
+            print(f"{name:32s} " + "  ".join(f"{k} {v:.3f}" for k, v in rows[name].items()), flush=True)
+    return {"rows": rows, "decode": measure_decode(model, embeds, visual, repeats)}
+
+
+def measure_decode(
+    model: LlamaForCausalLM, embeds: torch.Tensor, visual: torch.Tensor, repeats: int
+) -> dict[str, float]:
+    """Per-token decode: hooks with nothing removed against the unpatched model; 64 kept against a short prompt."""
+
+    def decode(inputs: torch.Tensor, steps: int = 8) -> float:
+        cache = model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1).past_key_values
+        token = torch.zeros(1, 1, dtype=torch.long)
+
+        def run() -> None:
+            for _ in range(steps):
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+
+        return cpu_seconds(run) / steps
+
+    def reduced(reducer: foveate.Reducer) -> float:
+        with foveate.apply(model, reducer, visual=visual):
+            return decode(embeds)
+
+    with torch.inference_mode():
+        runs = {
+            "full": lambda: decode(embeds),
+            "nothing removed": lambda: reduced(Fixed(-1, VISUAL)),
+            "short prompt": lambda: decode(embeds[:, : 64 + TEXT]),
+            "64 kept": lambda: reduced(Fixed(-1, 64)),
+            "64 kept after layer 1": lambda: reduced(Fixed(1, 64)),
+        }
+        times: dict[str, list[float]] = {key: [] for key in runs}
+        for repeat in range(repeats + 1):
+            order = list(runs)
+            random.Random(repeat).shuffle(order)
+            for key in order:
+                seconds = runs[key]()
+                if repeat:
+                    times[key].append(seconds)
+    paired = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b]))  # noqa: E731
+    out = {f"{key}, ms per token": 1e3 * statistics.median(values) for key, values in times.items()}
+    out["nothing removed / full"] = paired("nothing removed", "full")
+    out["64 kept / short prompt"] = paired("64 kept", "short prompt")
+    out["64 kept / full"] = paired("64 kept", "full")
+    print(json.dumps(out, indent=1), flush=True)
+    return out
+
+
+def peak_megabytes(layers: int, name: str) -> float:
+    """Peak RSS of a fresh process that prefills once, reduced by `name` ("full": not at all)."""
+    model, (embeds, visual) = decoder(layers), prompt()
+    with torch.inference_mode():
+        model(inputs_embeds=embeds[:, :8], logits_to_keep=1)
+        if name == "full":
+            model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+        else:
+            with foveate.apply(model, cases()[name], visual=visual):
+                model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine() -> str:
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    return f"{model}, 1 thread, torch {torch.__version__}, transformers {transformers.__version__}, {platform.system()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.peak:
+        print(peak_megabytes(arguments.layers, arguments.peak))
+        return
+    result = {"machine": machine(), "layers": arguments.layers, "repeats": arguments.repeats}
+    result |= measure(arguments.layers, arguments.repeats)
+    result["peak_mb"] = {}
+    for name in ("full", *cases()):
+        command = [sys.executable, __file__, "--layers", str(arguments.layers), "--peak", name]
+        result["peak_mb"][name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        print(f"peak {name}: {result['peak_mb'][name]:.0f} MB", flush=True)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

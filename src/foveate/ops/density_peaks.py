@@ -1,0 +1,144 @@
+"""Density-peak clusters of removed tokens, and the tokens they are merged into. All samples at once.
+
+Source: SparseVLM's token recycling, arXiv 2410.04417 section 3.4; Gumpest/SparseVLMs @ 26a5f488, which takes its
+clustering from TCFormer (re-implemented from the formulas). Where paper and code differ, both are here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Clusters", "density_peaks", "merge_clusters"]
+
+Assignment = Literal["euclidean", "cosine"]
+Isolation = Literal["sample", "token"]
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters of `N` tokens, at most `K` of them in a sample.
+
+    Attributes:
+        density: (B, N), exp of minus the mean squared distance to the nearest neighbours.
+        delta: (B, N), distance to the nearest token of higher density.
+        score: (B, N), density * delta; the centres have the highest.
+        centres: (B, K) long, tokens at the centres by descending score, -1 where a sample has fewer.
+        assignment: (B, N) long, number of the cluster (column of `centres`) of each token; 0 for padding.
+    """
+
+    density: Tensor
+    delta: Tensor
+    score: Tensor
+    centres: Tensor
+    assignment: Tensor
+
+
+def _distances(tokens: Tensor, valid: Tensor, normalise: bool) -> Tensor:
+    """(B, N, N) Euclidean, by one matrix product."""
+    # Around the mean: hidden states share a large offset, in which small distances would drown.
+    mean = (tokens * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)
+    centred = (tokens - mean) * valid[..., None]
+    squares = centred.square().sum(-1)
+    apart = torch.baddbmm(squares[:, None] + squares[..., None], centred, centred.transpose(1, 2), alpha=-2)
+    apart.clamp_min_(0).diagonal(dim1=1, dim2=2).zero_()
+    return (apart / tokens.shape[-1] if normalise else apart).sqrt_()
+
+
+def density_peaks(
+    tokens: Tensor,
+    valid: Tensor,
+    counts: Tensor,
+    most: int,
+    *,
+    neighbours: int | None = None,
+    noise: Tensor | None = None,
+    normalise: bool = True,
+    isolation: Isolation = "sample",
+    assignment: Assignment = "euclidean",
+    logarithmic: bool = False,
+) -> Clusters:
+    """Cluster the valid tokens of every sample around its density peaks.
+
+    Args:
+        tokens: (B, N, D).
+        valid: (B, N) bool.
+        counts: (B,) long, clusters of each sample, at most its valid tokens.
+        most: the largest of `counts`.
+        neighbours: k of the density, the token itself included; None: the number of clusters (official code).
+        noise: (B, N) in [0, 1); 1e-6 of it is added to the density, as the official code breaks ties.
+        normalise: divide distances by sqrt(D) (official code); the paper does not.
+        isolation: delta of a token without a denser one: the largest distance of the whole `"sample"` (official code),
+            or of that `"token"` (paper).
+        assignment: a token joins the centre that is nearest (`"euclidean"`, official code) or most similar (`"cosine"`,
+            paper); the first of equals.
+        logarithmic: compare densities and scores by their logarithm: the same order, also where exp() is 0 for all.
+
+    Returns:
+        The clusters, float32. Values at padding mean nothing.
+    """
+    tokens = tokens.float()
+    pairs = valid[:, :, None] & valid[:, None]
+    apart = _distances(tokens, valid, normalise)
+    if neighbours is None:
+        k, deepest = counts[:, None], most
+    else:
+        k, deepest = torch.full_like(counts, neighbours)[:, None], neighbours
+    k = torch.minimum(k, valid.sum(1, keepdim=True))
+    nearest = apart.masked_fill(~pairs, torch.inf).topk(min(deepest, tokens.shape[1]), largest=False).values
+    used = torch.arange(nearest.shape[-1], device=tokens.device) < k[..., None]
+    log_density = -nearest.square().where(used, 0.0).sum(-1) / k.clamp_min(1)
+    density = log_density.exp() if noise is None else log_density.exp() + noise * 1e-6
+    height = log_density if logarithmic and noise is None else density
+
+    denser = (height[:, None] > height[..., None]) & pairs
+    delta = apart.masked_fill(~denser, torch.inf).amin(-1)
+    farthest = apart.masked_fill(~pairs, 0.0).amax(-1)
+    if isolation == "sample":
+        farthest = farthest.amax(1, keepdim=True).expand_as(delta)
+    delta = torch.where(delta.isinf(), farthest, delta)
+    score = density * delta
+    ranking = height + delta.log() if height is log_density else score
+    ranking = ranking.nan_to_num(-torch.inf, neginf=torch.finfo(torch.float32).min)
+    order = ranking.masked_fill(~valid, -torch.inf).argsort(1, descending=True, stable=True)[:, :most]
+    real = torch.arange(order.shape[1], device=tokens.device) < counts[:, None]
+
+    if assignment == "cosine":
+        unit = torch.nn.functional.normalize(tokens, dim=-1)
+        cost = -(unit @ _rows(unit, order).transpose(1, 2))
+    else:
+        cost = apart.gather(2, order[:, None].expand(-1, apart.shape[1], -1))
+    joined = cost.masked_fill(~real[:, None], torch.inf).argmin(-1)
+    numbers = torch.arange(order.shape[1], device=tokens.device).expand_as(order)
+    # A centre belongs to itself; padding goes into an extra column.
+    last = tokens.shape[1]
+    joined = torch.nn.functional.pad(joined, (0, 1)).scatter(1, order.masked_fill(~real, last), numbers)[:, :last]
+    joined = joined.masked_fill(~valid, 0)
+    return Clusters(density, delta, score, order.masked_fill(~real, -1), joined)
+
+
+def merge_clusters(
+    tokens: Tensor, valid: Tensor, clusters: Clusters, how: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """One token per cluster: the mean (official code, divisor count + 1e-6) or the sum (paper) of its members.
+
+    Args:
+        tokens: (B, N, D).
+        valid: (B, N) bool.
+        clusters: of these tokens.
+        how: `"mean"` or `"sum"`.
+
+    Returns:
+        (B, K, D) float32 in the order of the centres, 0 for padding.
+    """
+    numbers = torch.arange(clusters.centres.shape[1], device=tokens.device)[:, None]
+    member = ((clusters.assignment[:, None] == numbers) & valid[:, None]).float()
+    total = member @ tokens.float()
+    return total if how == "sum" else total / (member.sum(-1, keepdim=True) + 1e-6)
+
+
+def _rows(tokens: Tensor, index: Tensor) -> Tensor:
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

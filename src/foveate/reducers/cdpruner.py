@@ -1,0 +1,117 @@
+"""CDPruner: before the language model, keep visual tokens that are diverse and relevant to the question.
+
+Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", arXiv 2506.10967
+(NeurIPS 2025). Official code: Theia-4869/CDPruner @ 9541616c (Apache-2.0), `llava/model/llava_arch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..ops.determinantal import determinantal_points
+from ..ops.diversity import order_mask
+from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError, Patches, Reducer, View, register
+from ._images import by_block, by_image, counts_per_image, take
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["CDPruner"]
+
+Scorer = Callable[[View], Tensor]
+"""A view -> relevance (B, S) of every slot to the question, higher is better; only visual slots are looked at."""
+
+
+def embedding_similarity(view: View) -> Tensor:
+    """Mean cosine of each slot to the token embeddings of the text after the last image: (B, S) float32.
+
+    Where no text follows, all text of the row is meant. Only right before layer 0, where `view.hidden` holds embeddings.
+    """
+    text = view.active & ~view.visual
+    slots = torch.arange(text.shape[1], device=text.device)
+    after = text & (slots > (view.visual * slots).amax(1, keepdim=True))
+    asked = torch.where(after.any(1, keepdim=True), after, text)
+    units = normalize(view.hidden.float(), dim=-1)
+    question = (asked[:, None].float() @ units) / asked.sum(1).clamp_min(1)[:, None, None]
+    return (units @ question.transpose(1, 2))[..., 0]
+
+
+@register(
+    "cdpruner",
+    MethodInfo(paper="arXiv 2506.10967", acts="before the LLM", needs="nothing", text_guided=True),
+)
+@dataclass
+class CDPruner(Reducer):
+    """Greedy MAP of a determinantal point process with kernel diag(r) S diag(r).
+
+    S are the cosines of the projected features, r the relevance to the question, scaled to (0, 1] within each image. All
+    crops of an image are one set, several images are chosen from one by one, everything in float32. Positions are closed
+    up ("compact"); with M-RoPE (Qwen-VL, GLM-4V), for which there is no official code, they are kept.
+
+    The official relevance is minus the cosine of CLIP's patch embeddings and CLIP's text embedding (the paper has a plus;
+    low cosines mark relevant patches in CLIP). It needs CLIP's text tower, which LLaVA checkpoints do not contain, so the
+    default here is the cosine to the embeddings of the question's tokens in the language model: unofficial.
+
+    Mended: NaN when the rank of the features is used up (the rest is filled by relevance); NaN for constant relevance;
+    several samples in one call.
+
+    Args:
+        keep: visual tokens per image (int), or their fraction (float in (0, 1]): exactly as many stay.
+        similarity: "llm", or a function of the view that returns the relevance of each slot, (B, S).
+        faithful: the official kernel: each tile of an image is chosen from on its own with an equal share of `keep`
+            (rounded down), the relevance scaled over all of them, learnt row ends dropped, NaNs and all.
+
+    Raises:
+        BudgetError: bad `keep`.
+        OptionError: bad `similarity`.
+    """
+
+    keep: int | float
+    similarity: Literal["llm"] | Scorer = "llm"
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        self._budget = Budget(self.keep)
+        if not callable(self.similarity) and self.similarity != "llm":
+            raise OptionError(f"similarity={self.similarity!r}: use 'llm' or a function of the view")
+        self.stages = (BEFORE_LAYERS,)
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        self.positions = "keep" if anatomy.mrope or not hasattr(anatomy.decoder, "rotary_emb") else "compact"
+
+    def _relevance(self, view: View, images: Patches) -> Tensor:
+        """(B, S) relevance, scaled over each image."""
+        score = self.similarity(view) if callable(self.similarity) else embedding_similarity(view)
+        score = score.float()[images.rows[:, None], images.slots.clamp_min(0)]
+        low = score.masked_fill(~images.valid, torch.inf).amin(1, keepdim=True)
+        spread = score.masked_fill(~images.valid, -torch.inf).amax(1, keepdim=True) - low
+        scaled = (score - low + 1e-6) / spread
+        if not self.faithful:
+            scaled = torch.where(spread > 0, scaled, torch.ones_like(scaled))
+        return images.to_slots(scaled, *view.active.shape)
+
+    def _shares(self, images: Patches, blocks: Patches, view: View) -> Tensor:
+        """Equal share of each block in the budget of its image: (blocks,)."""
+        numbers = torch.arange(len(images.rows), device=images.rows.device)
+        owner = images.to_slots(numbers[:, None].expand_as(images.slots), *view.active.shape)
+        mine = owner[blocks.rows, blocks.slots[:, 0]]
+        share = counts_per_image(self._budget, images) // torch.bincount(mine, minlength=len(numbers)).clamp_min(1)
+        return torch.minimum(share[mine], blocks.valid.sum(1))
+
+    def decide(self, view: View) -> Decision | None:
+        images = by_image(view)
+        if not len(images.rows):
+            return None
+        relevance = self._relevance(view, images)
+        sets = by_block(view) if self.faithful else images
+        counts = self._shares(images, sets, view) if self.faithful else counts_per_image(self._budget, images)
+        features, weights = take(view.hidden, sets), relevance[sets.rows[:, None], sets.slots.clamp_min(0)]
+        order = determinantal_points(features, weights, sets.valid, counts, int(counts.max()), guard=not self.faithful)
+        kept = sets.to_slots(order_mask(order, sets.slots.shape[1]).float(), *view.active.shape) > 0
+        return Decision(keep=view.active & (kept | ~view.visual), scores=relevance)

@@ -1,0 +1,117 @@
+"""Several methods in one model, for instance one before the decoder and one inside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..reduction import Decision, OptionError, Positions, Reducer, TapSpec, View, VisionSpec
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["Chain"]
+
+
+class Chain(Reducer):
+    """Methods one after the other: each sees what those before it have left.
+
+    Example:
+        foveate.Chain(foveate.VisionZip(keep=192), foveate.VTW(layer=16))
+
+    A member's fraction is a fraction of the tokens that reach it, a member's count stays a count. Members keep their
+    own `positions`: one that renumbers does so for what is left at its stage, the others leave the numbers alone.
+
+    Args:
+        members: at least one method; at a shared stage they are asked in this order.
+
+    Raises:
+        OptionError: no member, or two members read the same layer in different ways.
+    """
+
+    def __init__(self, *members: Reducer):
+        if not members:
+            raise OptionError("Chain needs at least one method")
+        self.members = members
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        """Prepare every member; unite their stages and taps."""
+        taps: dict[int, TapSpec] = {}
+        vision_taps: dict[int, VisionSpec] = {}
+        for i, member in enumerate(self.members):
+            member.prepare(anatomy)
+            for layer, tap in member.taps.items():
+                tap = _with_own_state(tap, i)
+                if taps.setdefault(layer, tap) != tap:
+                    raise OptionError(f"two members of the Chain read decoder layer {layer} in different ways")
+            for layer, spec in member.vision_taps.items():
+                vision_taps[layer] = _both(vision_taps[layer], spec, layer) if layer in vision_taps else spec
+        self.stages = tuple(sorted({stage for member in self.members for stage in member.stages}))
+        self.taps, self.vision_taps = taps, vision_taps
+
+    def decide(self, view: View) -> Decision | None:
+        """The members' decisions for this stage, as one."""
+        united: Decision | None = None
+        state = view.state
+        for i, member in enumerate(self.members):
+            if view.stage not in member.stages:
+                continue
+            own = replace(view, state=state.setdefault(str(i), {}))
+            decision = member.decide(own)
+            if decision is None:
+                continue
+            decision = replace(decision, positions=decision.positions or member.positions)
+            united = decision if united is None else _join(united, decision)
+            view = _carried_out(view, decision)
+        return united
+
+
+def _with_own_state(tap: TapSpec, member: int) -> TapSpec:
+    queries = tap.queries
+    if not callable(queries):
+        return tap
+    return replace(tap, queries=lambda state: queries(state.setdefault(str(member), {})))
+
+
+def _both(a: VisionSpec, b: VisionSpec, layer: int) -> VisionSpec:
+    if a.attention and b.attention and a.attention != b.attention:
+        raise OptionError(f"two members of the Chain read vision layer {layer} in different ways")
+    return VisionSpec(a.attention or b.attention, a.key or b.key, a.query or b.query, a.features or b.features)
+
+
+def _carried_out(view: View, decision: Decision) -> View:
+    hidden, active = view.hidden, view.active
+    if decision.slots is not None and decision.values is not None:
+        last = hidden.shape[1] - 1
+        padding = (decision.slots < 0)[..., None]
+        values = torch.where(padding, hidden[:, last:], decision.values.to(hidden.dtype))
+        index = torch.where(decision.slots < 0, last, decision.slots)[..., None].expand_as(values)
+        hidden = hidden.scatter(1, index, values)
+    if decision.keep is not None:
+        active = active & decision.keep
+    return replace(view, hidden=hidden, active=active)
+
+
+def _join(first: Decision, second: Decision) -> Decision:
+    keep = first.keep if second.keep is None else second.keep if first.keep is None else first.keep & second.keep
+    slots, values = first.slots, first.values
+    if second.slots is not None and second.values is not None:
+        if slots is None or values is None:
+            slots, values = second.slots, second.values
+        else:
+            # What the second method overwrites, it overwrites last.
+            again = (slots[:, :, None] == second.slots[:, None]).any(2)
+            slots = torch.cat([slots.masked_fill(again, -1), second.slots], 1)
+            values = torch.cat([values, second.values.to(values.dtype)], 1)
+    renumbered: Positions = "renumber" if {first.positions, second.positions} & {"renumber", "compact"} else "keep"
+    scores = first.scores if second.scores is None else second.scores
+    return Decision(keep, slots, values, _compose(first, second), scores, renumbered)
+
+
+def _compose(first: Decision, second: Decision) -> Tensor | None:
+    if first.origin is None or second.origin is None:
+        return second.origin if first.origin is None else first.origin
+    return torch.where(first.origin >= 0, second.origin.gather(1, first.origin.clamp_min(0)), -1)

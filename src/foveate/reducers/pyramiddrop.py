@@ -1,0 +1,225 @@
+"""PyramidDrop: drop visual tokens in several stages, deeper layers seeing ever fewer.
+
+Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", arXiv
+2410.17247 (CVPR 2025). Official code: Cooperx521/PyramidDrop @ 6444f304 (MIT), `llava/model/modeling_llama_pdrop.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import attention_rows
+from ..ops.select import top_k_mask, true_indices
+from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
+from ._layers import check_layer, resolve_layer
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["PyramidDrop"]
+
+_LAYERS, _RATIOS = (8, 16, 24), (0.5, 0.25, 0.125)
+_FRACTIONS = (0.25, 0.5, 0.75)
+_PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
+"""Decoders whose queries and keys are projection, optional norm, and 1-D RoPE, in every layer."""
+
+
+@register(
+    "pyramiddrop",
+    MethodInfo(
+        paper="arXiv 2410.17247", acts="before several decoder layers", needs="attention of the last token", text_guided=True
+    ),
+)
+@dataclass
+class PyramidDrop(Reducer):
+    """Before each layer of a list, keep the visual tokens that the last prompt token would attend to most in that layer.
+
+    The attention row is the one layer L would compute without the drop: its own norm, query and key projections (mean
+    over heads, softmax over all tokens). Where L's attention is not of the plain Llama kind (M-RoPE, fused projections,
+    layers without RoPE), the row that layer L - 1 did compute is taken instead: a substitute, not in the paper. After
+    each drop positions are counted anew, per layer, decoding included ("renumber", official; "keep" with M-RoPE).
+
+    Mended: depths other than 32, left padding, batches, several images in a row (one set).
+
+    Args:
+        keep: visual tokens per image (int), or their fraction (float in (0, 1]), that enter the decoder layers on
+            average. A share r stays at the first layer of the list, r^2 at the second, r^3 at the third, rounded so that
+            the average is met (at least one token stays). The paper's own setting is a fraction of 0.469.
+        layers: before which layers tokens go: numbers from 1 on, or fractions of the depth. Default: 1/4, 1/2, 3/4; for
+            a `keep` below 5/12 a half, a quarter, ... of these, sample by sample, until it can be met.
+        ratios: instead of `keep`, the fraction of all visual tokens left at each of `layers` (rounded down). Without
+            both, the paper's (0.5, 0.25, 0.125).
+        renumber: whether positions are counted anew after each drop (official); None: where the model allows it.
+        faithful: the official layers 8, 16, 24 at any depth unless `layers` is given; those beyond the depth are left out.
+
+    Raises:
+        BudgetError: bad `keep`.
+        OptionError: bad or contradictory `layers`, `ratios`, `renumber`; layers beyond the depth when applied.
+    """
+
+    keep: int | float | None = None
+    layers: Sequence[int | float] | None = None
+    ratios: Sequence[float] | None = None
+    renumber: bool | None = None
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        self._budget = None if self.keep is None else Budget(self.keep)
+        if self._budget is not None and self.ratios is not None:
+            raise OptionError(f"keep={self.keep} and ratios={self.ratios}: give one of them")
+        for layer in self.layers or ():
+            check_layer(layer, first=1, option="layers")
+        ratios = self.ratios if self.ratios is not None else _RATIOS
+        if not all(0 < ratio <= 1 for ratio in ratios) or list(ratios) != sorted(ratios, reverse=True):
+            raise OptionError(f"ratios={self.ratios!r}: give fractions in (0, 1] that do not grow")
+        layers = self.layers if self.layers is not None else _FRACTIONS
+        if len(layers) == 0 or (self._budget is None and len(layers) != len(ratios)):
+            raise OptionError(f"layers={self.layers!r} and ratios={self.ratios!r}: give one ratio for each layer")
+        if self.renumber not in (None, True, False):
+            raise OptionError(f"renumber={self.renumber!r}: use True, False or None")
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        depth, lists = anatomy.depth, []
+        if self.layers is not None or self.faithful or self._budget is None:
+            given = self.layers or (_LAYERS if self.faithful else _FRACTIONS)
+            if self.layers is None and self.faithful:
+                given = [layer for layer in given if layer < depth]
+            lists.append([resolve_layer(layer, depth, first=1, option="layers") for layer in given])
+        else:
+            lists = _halved(depth)
+        if any(later <= earlier for layers in lists for earlier, later in zip(layers, layers[1:])):
+            raise OptionError(f"layers={self.layers}: must ascend (they are {lists[0]} of {depth})")
+        self._depth, self._lists = depth, lists
+        self.stages = tuple(sorted({layer - 1 for layers in lists for layer in layers}))
+        one_axis = not anatomy.mrope and hasattr(anatomy.decoder, "rotary_emb")
+        self.positions = "renumber" if (one_axis if self.renumber is None else self.renumber) else "keep"
+        plain = one_axis and anatomy.text_config.model_type in _PLAIN_ATTENTION
+        self._anatomy = anatomy if plain else None
+        self.taps = {} if plain else {stage: TapSpec(queries="last") for stage in self.stages}
+
+    # ------------------------------------------------------------------------------------------------------ schedule
+    def _plan(self, view: View) -> tuple[Tensor, Tensor, set[int]]:
+        """Layers and token counts of each sample, (B, stages) both, and all layers at which something happens."""
+        tokens = (view.visual & view.tokens).sum(1)
+        tables = torch.tensor(self._lists, device=tokens.device)
+        if self._budget is None:
+            ratios = torch.tensor(list(self.ratios or _RATIOS)[: tables.shape[1]], dtype=torch.double).to(tokens.device)
+            counts = (tokens[:, None].double() * ratios).long()
+            layers = tables.expand(len(tokens), -1)
+        else:
+            keep = self._budget.keep
+            mean = (view.images * keep).double() if isinstance(keep, int) else tokens.double() * keep
+            fraction = torch.minimum(mean, tokens.double()) / tokens.clamp_min(1)
+            # The first of the lists that leaves enough of the budget to the layers behind its first one.
+            possible = tables[:, 0] / self._depth <= 0.6 * fraction[:, None]
+            possible[:, -1] = True
+            layers = tables[possible.long().argmax(1)]
+            counts = _pyramid(tokens, fraction, layers, self._depth)
+        return layers, counts, set(layers.unique().tolist())
+
+    def decide(self, view: View) -> Decision | None:
+        if "plan" not in view.state:
+            view.state["plan"] = self._plan(view)
+        layers, counts, wanted = view.state["plan"]
+        layer = view.stage + 1
+        if layer not in wanted:
+            return None
+        eligible, here = view.active_visual, layers == layer
+        target = torch.where(here, counts, 0).sum(1)
+        target = torch.where(here.any(1), target, eligible.sum(1))
+        scores = self._scores(view, layer)
+        chosen = top_k_mask(scores, eligible, target)
+        return Decision(keep=view.active & (chosen | ~view.visual), scores=scores)
+
+    # ------------------------------------------------------------------------------------------------------- ranking
+    def _scores(self, view: View, layer: int) -> Tensor:
+        """(B, S) attention of the last token."""
+        length = view.active.shape[1]
+        if self._anatomy is None:
+            assert view.tap is not None  # asked for in `prepare`
+            return view.tap.per_slot(length)
+        index, valid = true_indices(view.active, int(view.active.sum(1).max()))
+        hidden = view.hidden.gather(1, index[..., None].expand(-1, -1, view.hidden.shape[2]))
+        positions = (valid.cumsum(1) - 1).clamp_min(0) if self.positions == "renumber" else index
+        with torch.no_grad():
+            weights = next_layer_row(self._anatomy, layer, hidden, positions, index, valid)
+        row_valid = torch.ones_like(valid[:, :1])
+        slots = torch.where(valid, index, -1)
+        return Tap(weights.mean(1), row_valid, index[:, -1:], slots).per_slot(length)
+
+
+def _halved(depth: int) -> list[list[int]]:
+    """1/4, 1/2, 3/4 of the depth, a half of these, and so on, down to layers 1, 2, 3."""
+    lists: list[list[int]] = []
+    scale = 1.0
+    while not lists or lists[-1][0] > 1:
+        layers: list[int] = []
+        for fraction in _FRACTIONS:
+            layers.append(max(round(fraction * scale * depth), layers[-1] + 1 if layers else 1))
+        if layers[-1] >= depth:
+            layers = [layer for layer in layers if layer < depth] or [depth - 1]
+        lists.append(layers)
+        scale /= 2
+    shortest = min(map(len, lists))
+    return [layers[:shortest] for layers in lists]
+
+
+def _pyramid(tokens: Tensor, fraction: Tensor, layers: Tensor, depth: int) -> Tensor:
+    """Counts (B, k) that fall geometrically and give an average of `fraction` (B,) over the layers."""
+    ends = torch.cat([layers[:, 1:], torch.full_like(layers[:, :1], depth)], 1)
+    spans = (ends - layers).double()
+    wanted = fraction * depth - layers[:, 0]
+    power = torch.arange(1, layers.shape[1] + 1, device=tokens.device)
+    low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+    for _ in range(40):
+        middle = (low + high) / 2
+        over = (spans * middle[:, None] ** power).sum(1) > wanted
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    counts = (tokens[:, None] * high[:, None] ** power).round()
+    before = tokens * layers[:, 0] + (spans * counts)[:, :-1].sum(1)
+    last = ((tokens * fraction * depth - before) / spans[:, -1]).round()
+    counts[:, -1] = last
+    least = torch.minimum(tokens, torch.ones_like(tokens))[:, None]
+    return torch.maximum(counts.long().cummin(1).values, least)
+
+
+def next_layer_row(
+    anatomy: Anatomy, layer: int, hidden: Tensor, positions: Tensor, slots: Tensor, valid: Tensor
+) -> Tensor:
+    """The attention that a decoder layer of the plain kind would compute for the last of its inputs.
+
+    Args:
+        anatomy: of the model.
+        layer: number of the layer.
+        hidden: (B, n, D) its inputs, right-aligned.
+        positions: (B, n) for RoPE.
+        slots: (B, n) by which a sliding window counts.
+        valid: (B, n) bool, False for fillers.
+
+    Returns:
+        (B, H, 1, n) float32.
+    """
+    attention: Any = anatomy.attention(layer)
+    states = anatomy.layers[layer].input_layernorm(hidden)  # type: ignore[operator]
+    cos, sin = anatomy.rotary(layer, states, positions)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+
+    def heads(projection: Any, norm: Any, x: Tensor) -> Tensor:
+        x = projection(x).unflatten(-1, (-1, attention.head_dim))
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    last = states[:, -1:]
+    query = heads(attention.q_proj, getattr(attention, "q_norm", None), last)
+    key = heads(attention.k_proj, getattr(attention, "k_norm", None), states)
+    query = rotate(query, query, cos[:, -1:], sin[:, -1:])[0]
+    key = rotate(key[:, :1], key, cos, sin)[1]
+    window = anatomy.sliding_windows[layer]
+    allowed = valid if window is None else valid & (slots[:, -1:] - slots < window)
+    softcap = getattr(attention, "attn_logit_softcapping", None)
+    return attention_rows(query, key, torch.zeros_like(slots[:, :1]), allowed[:, None], None, attention.scaling, softcap)

@@ -11,11 +11,11 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test-installed
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check $(wildcard src tests benchmarks)
+	$(BIN)/ruff format --check $(wildcard src tests benchmarks)
 
 types: $(VENV)/.test-installed
 	$(BIN)/mypy

@@ -27,7 +27,11 @@ def check(path: Path) -> None:
         assert end <= length
     slots = torch.arange(length)[None]
     visual = (slots >= start) & (slots < end)
-    count, ratio, retain = golden.scalar("max_num_trunction"), golden.scalar("reduction_ratio"), golden.scalar("retain_next")
+    count, ratio, retain = (
+        golden.scalar("max_num_trunction"),
+        golden.scalar("reduction_ratio"),
+        golden.scalar("retain_next"),
+    )
     variant = golden.arrays["variant"].item()
     golden.unread.discard("variant")
     assert variant in ("llava", "qwen")

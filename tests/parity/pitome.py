@@ -30,7 +30,9 @@ def check(path: Path) -> None:
 
 
 def _text(golden: Golden, similarity: Tensor, r: int, margin: float) -> None:
-    merging = energy_matching(similarity, gaussian_energy(similarity, margin), r, golden.scalar("class_token"), "halves")
+    merging = energy_matching(
+        similarity, gaussian_energy(similarity, margin), r, golden.scalar("class_token"), "halves"
+    )
     mean, size = merging.mean(golden["x"])
     golden.compare("out_wavg", mean, rtol=RTOL, atol=ATOL)
     golden.compare("out_wavg_size", size, rtol=RTOL)

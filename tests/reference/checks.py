@@ -66,10 +66,12 @@ def greedy_by_hand(model: PreTrainedModel, prompt: Mapping[str, Any], steps: int
     """Logits (B, steps, V) of a loop that says nothing about positions: the model must count by itself."""
     output = model(**prompt, use_cache=True)
     mask, logits = prompt["attention_mask"], [output.logits[:, -1]]
+    takes_mask = not hasattr(model.base_model, "get_rope_index")  # with one, Qwen-VL recounts from the mask and fails
     for _ in range(steps - 1):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         token = logits[-1].argmax(-1, keepdim=True)
-        output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
+        padding = {"attention_mask": mask} if takes_mask else {}
+        output = model(input_ids=token, **padding, past_key_values=output.past_key_values)
         logits.append(output.logits[:, -1])
     return torch.stack(logits, 1)
 
@@ -137,7 +139,7 @@ def _windowed(stored: int, length: int) -> tuple[int, ...]:
     return (reach,) if length > reach and stored > reach else ()
 
 
-_OWN_MEMORY = ("rope_deltas", "_cache")
+_OWN_MEMORY = ("rope_deltas", "_cache", "_previous_max_cache_length")
 """What a model itself remembers of its last prompt, patched or not."""
 
 

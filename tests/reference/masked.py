@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 __all__ = ["MaskedReference", "to_rows"]
 
@@ -84,7 +85,7 @@ class MaskedReference:
     def _blind(self, layer: int, hidden: Tensor, gone: Tensor, kwargs: dict) -> Tensor:
         """The layer's mask with the columns of removed tokens closed."""
         rows, n_queries = hidden.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         past = cache.get_seq_length(layer) if cache is not None else 0
         total = past + n_queries
         mask = kwargs.get("attention_mask")

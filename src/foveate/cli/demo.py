@@ -22,8 +22,10 @@ _BUDGETS = (0.5, 0.33, 0.2)
 
 
 def demo(
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Questions per data set.")] = 240,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures and results.json.")] = Path("demo"),
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Questions per data set.")] = 200,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of pictures and results.json.")] = Path(
+        "demo"
+    ),
     seed: Annotated[int, typer.Option(help="Of the draw of questions.")] = 0,
     json: JsonOption = None,
 ) -> None:
@@ -47,7 +49,7 @@ def demo(
     if not plain():
         say(f"{MODEL}, {samples} questions each from {' and '.join(_DATA)}")
     with progress("answers") as advance:
-        rows = compare(vlm, questions, contestants, progress=advance)
+        rows = compare(vlm, questions, contestants, timing_batches=2, progress=advance)
     headers = [
         "method", "budget", "options", "accuracy easy-VQA", "accuracy scenes", "same answer as full", "visual tokens",
         "FLOPs", "KV (MB)", "prefill (ms)",
@@ -84,8 +86,8 @@ def demo(
     write_json(json, result)
     say()
     say("budget: mean share of the visual tokens that enter a decoder layer, the same for every method;")
-    say("visual tokens: that mean as it came out. FLOPs: decoder prefill against the full model. KV: cache of one sample")
-    say("after the prefill. prefill: one batch of 16, vision tower included, median, taken in turns with all the others.")
+    say("visual tokens: that mean as it came out. FLOPs: decoder prefill against the full model. KV: cache of one")
+    say("sample after the prefill. prefill: median for a batch of 16, vision tower included, methods in turns.")
     worst = max((r * (1 - r) / samples) ** 0.5 for row in rows for r in row.accuracy_by_data.values())
     say(f"Each accuracy is over {samples} questions: differences below about {2.8 * worst:.2f} are noise.")
     say(f"{time.perf_counter() - start:.0f} s. Pictures: {', '.join(str(out / name) for name in pictures)}")
@@ -121,7 +123,9 @@ def _pictures(vlm: Any, questions: Any) -> dict[str, Any]:
     first = rows[0]
     sparse = next(cell for cell in first.cells if cell.method == "sparsevlm")
     return {
-        "kept.png": sheet(rows, f"What each method keeps when {budget:.0%} of the visual tokens enter a layer on average"),
+        "kept.png": sheet(
+            rows, f"What each method keeps when {budget:.0%} of the visual tokens enter a layer on average"
+        ),
         "stages.png": overlay(
             first.image,
             sparse.trace,

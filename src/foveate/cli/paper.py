@@ -60,11 +60,15 @@ def _jsonable(value: Any) -> Any:
 
 
 def flops(
-    geometry: Annotated[str, typer.Argument(help="A preset (llava-1.5-7b, qwen2.5-vl-7b, ...) or a local config.json.")],
+    geometry: Annotated[
+        str, typer.Argument(help="A preset (llava-1.5-7b, qwen2.5-vl-7b, ...) or a local config.json.")
+    ],
     method: MethodOption,
     keep: KeepOption = None,
     option: OptionsOption = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Tokens that are not visual; the preset's own by default.")] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that are not visual; the preset's own by default.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """What a method saves in the decoder's prefill, on paper: no weights, no image.

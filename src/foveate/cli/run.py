@@ -57,7 +57,7 @@ def run(
     if not prompt.strip():
         raise CommandError("prompt: is empty")
     vlm = answering.load(model, dtype, device)  # type: ignore[arg-type]
-    sample = Sample(image=picture, question=prompt, answer="", kind="", image_id=str(image), asked=())
+    sample = Sample(image=picture, question=prompt, answer="", kind="", image_id=str(image))
     inputs = vlm.inputs([sample])
     with foveate.apply(vlm.model, reducer) as session:
         reduced = answering.answer(vlm, inputs, max_new_tokens).texts[0]

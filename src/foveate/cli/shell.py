@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 import foveate
@@ -34,11 +35,11 @@ __all__ = [
     "progress",
     "say",
     "table",
-    "write_json",
     "writable",
+    "write_json",
 ]
 
-_ClickException = typer.BadParameter.__mro__[2]  # typer carries its own copy of click in newer versions
+_ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click in newer versions
 _INTERRUPTED = 130
 
 
@@ -49,7 +50,7 @@ class CommandError(ValueError):
 class OneLineGroup(TyperGroup):
     """Commands whose every complaint is one line on stderr and exit code 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         from ..evaluate.answer import ModelError
         from ..evaluate.data import DataError
 
@@ -59,9 +60,9 @@ class OneLineGroup(TyperGroup):
         try:
             with warnings.catch_warnings():
                 _hush()
-                code = super().main(*args, standalone_mode=False, **kwargs)
+                code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except _ClickException as error:
-            _fail(error.format_message())  # type: ignore[attr-defined]
+            _fail(error.format_message())
         except bad_input as error:
             _fail(str(error))
         except typer.Abort:
@@ -70,7 +71,7 @@ class OneLineGroup(TyperGroup):
 
 
 def _fail(message: str) -> NoReturn:
-    print("foveate:", " ".join(message.split()), file=sys.stderr)
+    print("foveate:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
     sys.exit(2)
 
 
@@ -100,7 +101,9 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Make any Hugging Face vision-language model keep only the visual tokens that matter."""
     if context.invoked_subcommand is None:
@@ -111,7 +114,8 @@ def _root(
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="A name from `foveate methods`.")]
 KeepOption = Annotated[
-    str | None, typer.Option("--keep", "-k", metavar="N|F", help="Visual tokens per image (192) or their fraction (0.33).")
+    str | None,
+    typer.Option("--keep", "-k", metavar="N|F", help="Visual tokens per image (192) or their fraction (0.33)."),
 ]
 OptionsOption = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
@@ -155,23 +159,29 @@ def plain() -> bool:
 
 def _console() -> Console:
     # Made anew each time, since test runners and pagers exchange sys.stdout.
-    return Console(width=400, color_system=None, highlight=False) if plain() else Console(highlight=False)
+    return Console(highlight=False)
 
 
 def say(text: str = "") -> None:
     """A line on stdout, as it is."""
-    _console().print(text, markup=False, soft_wrap=True)
+    print(text)  # noqa: T201
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> None:
-    """A table on stdout: one line per row, the first `left` columns flush left, the others right."""
+    """A table on stdout, the first `left` columns flush left. Away from a terminal each row is one whole line."""
     if title:
         say(title)
-    shown = Table(box=None if plain() else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    if plain():
+        widths = [max(map(len, column)) for column in zip(headers, *rows)]
+        for row in (headers, *rows):
+            cells = (text.ljust(w) if i < left else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
+            say("  ".join(cells).rstrip())
+        return
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for number, header in enumerate(headers):
-        shown.add_column(header, justify="left" if number < left else "right", no_wrap=plain(), overflow="fold")
+        shown.add_column(header, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+        shown.add_row(*map(Text, row))
     _console().print(shown)
 
 

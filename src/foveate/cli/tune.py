@@ -26,7 +26,8 @@ def tune(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Questions to measure on.")] = 20,
     first_layer: Annotated[
-        int | None, typer.Option(help=f"Smallest layer tried; default 5, or 1 for models of fewer than {_SHALLOW} layers.")
+        int | None,
+        typer.Option(help=f"Smallest layer tried; default 5, or 1 for models of fewer than {_SHALLOW} layers."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw of questions.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",

@@ -91,6 +91,8 @@ class ForwardPass:
                 self.first_frame = hidden
         self._frame, self._reach = hidden, None
         self.cache = kwargs.get("past_key_values")
+        if self.cache is None:  # some decoders hand it to their layers under another name
+            self.cache = next((value for value in kwargs.values() if isinstance(value, DynamicCache)), None)
         stored = self._stored(layer, self.cache)
         self._keys_per_layer[layer] = self.past + self.length
         if self.active is None and stored is None:
@@ -206,7 +208,7 @@ class ForwardPass:
 
     def _take_others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.active is not None
-        done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values")
+        done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
         taken = {name: value if name in done else self._take(value) for name, value in kwargs.items()}
         if taken.get("position_ids") is not None:
             # RoPE is in position_embeddings already; FlashAttention would read gaps in the ids as packed sequences.
@@ -281,14 +283,14 @@ class ForwardPass:
         last = self.tokens & (self.tokens.flip(1).cumsum(1).flip(1) == 1)
         count, gone = keep.sum(1), self._active() & ~keep
         # The one device sync of a stage.
-        shortest, longest, removed, last_gone = torch.stack(
-            [count.min(), count.max(), gone.any().long(), (gone & last).any().long()]
+        shortest, longest, total, removed, last_gone = torch.stack(
+            [count.min(), count.max(), count.sum(), gone.any().long(), (gone & last).any().long()]
         ).tolist()
         if not removed:
             return  # not even padding is dropped: bitwise the unreduced model
         if last_gone:
             raise ValueError("a decision removed the last token of a row; its logits are needed")
-        self.active, self._memo = ActiveSet.of(keep, shortest, longest), {}
+        self.active, self._memo = ActiveSet.of(keep, shortest, longest, total), {}
         if positions != "keep":
             if self.past:
                 raise UnsupportedError(f"positions={positions!r} on a continued cache; use positions='keep'")

@@ -26,18 +26,23 @@ class ActiveSet:
         keep: (B, S) bool.
         index: (B, n) slot of each row that runs; a filler points at an inactive slot of its own row.
         valid: (B, n) bool, False for fillers; None if there are none.
+        real: (tokens,) long, places in (B * n) that are no fillers; None if all are real.
     """
 
     keep: Tensor
     index: Tensor
     valid: Tensor | None
+    real: Tensor | None
     _on: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, keep: Tensor, shortest: int, longest: int) -> ActiveSet:
-        """From a mask (B, S) whose rows have `shortest` to `longest` True slots."""
+    def of(cls, keep: Tensor, shortest: int, longest: int, total: int) -> ActiveSet:
+        """From a mask (B, S) whose rows have `shortest` to `longest`, together `total`, True slots."""
         index, valid = true_indices(keep, longest)
-        return cls(keep, index, None if shortest == longest else valid)
+        if shortest == longest:
+            return cls(keep, index, None, None)
+        real = valid.reshape(-1).to(torch.int8).argsort(descending=True, stable=True)[:total]
+        return cls(keep, index, valid, real)
 
     @property
     def size(self) -> int:
@@ -62,6 +67,9 @@ def take_rows(frame: Tensor, active: ActiveSet) -> Tensor:
 def put_rows(frame: Tensor, active: ActiveSet, rows: Tensor, in_place: bool) -> Tensor:
     """Write rows (B, n, D) back into a frame (B, S, D); in place only where nobody else holds the frame."""
     index, rows = active.flat(rows.device), rows.reshape(-1, rows.shape[-1])
+    if active.real is not None:  # removed slots stay as they were
+        real = active.real.to(rows.device)
+        index, rows = index[real], rows.index_select(0, real)
     if in_place:
         frame.view(-1, frame.shape[-1]).index_copy_(0, index, rows)
         return frame

@@ -77,7 +77,7 @@ class Session:
         self._pass: ForwardPass | None = None
         self._placeholders: Tensor | None = None
         self._labels: Tensor | None = None
-        self._prompt: int | None = None
+        self._prompt: int = 0
         self._called: dict[str, Any] = {}
         self._features: dict[str, Any] = {}
         self._encoding = False
@@ -117,6 +117,7 @@ class Session:
         parts.decoder.__dict__[_MARK] = self
         self._installed = True
         hook(parts.model.register_forward_pre_hook(self._model_called, with_kwargs=True))
+        hook(parts.model.register_forward_hook(self._model_done, always_call=True))
         if parts.base is not parts.model:
             hook(parts.base.register_forward_pre_hook(self._base_called, with_kwargs=True))
         hook(parts.decoder.register_forward_pre_hook(self._decoder_called, with_kwargs=True))
@@ -151,11 +152,13 @@ class Session:
             given = args[0] if args else next(
                 (kwargs[n] for n in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(n) is not None), None
             )  # fmt: skip
-            self._prompt = given.shape[1] if isinstance(given, Tensor) else None
+            mask = kwargs.get("attention_mask")  # it spans the conversation, even if only a new turn's ids are given
+            spanning = mask if isinstance(mask, Tensor) and mask.dim() == 2 else given
+            self._prompt = spanning.shape[1] if isinstance(spanning, Tensor) else 0
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._prompt, self._features = None, {}
+                self._prompt, self._features = 0, {}
 
         return watched
 
@@ -195,6 +198,9 @@ class Session:
         self._labels = kwargs.get("labels")
         if module is self.anatomy.base:
             self._base_called(module, args, kwargs)
+
+    def _model_done(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._labels = None
 
     def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._placeholders, self._pass = None, None
@@ -249,10 +255,7 @@ class Session:
         slots = self._placeholders
         if slots is None or slots.shape != (rows, length) or not bool(slots.any()):
             return None
-        prompt = length
-        if self._prompt is not None:
-            prompt = min(length, self._prompt - past if self._prompt > past else self._prompt)
-        return slots[:, :prompt]
+        return slots[:, : min(length, self._prompt - past)] if self._prompt > past else slots
 
     def _tokens(self, kwargs: dict[str, Any], rows: int, length: int, device: torch.device) -> Tensor:
         """(B, S) bool, not padding, from the 2-D attention mask the model or the decoder was called with."""
@@ -292,7 +295,7 @@ class Session:
 
     def _decoder_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
         done, self._pass, self._placeholders = self._pass, None, None
-        if self._prompt is None:  # inside generate() the features of the prompt may be needed once more
+        if not self._prompt:  # inside generate() the features of the prompt may be needed once more
             self._features = {}
         if done is None or done.trace is None or output is None:
             return None

@@ -116,7 +116,9 @@ def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: s
         try:
             config = AutoConfig.from_pretrained(source)
             if type(config) not in AutoModelForImageTextToText._model_mapping:
-                raise ModelError(f"model {name}: a {config.model_type!r} model takes no images, so nothing can be reduced")
+                raise ModelError(
+                    f"model {name}: a {config.model_type!r} model takes no images, so nothing can be reduced"
+                )
             model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=_DTYPES[dtype])
             processor = AutoProcessor.from_pretrained(source)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -104,7 +104,9 @@ def costs(vlm: VLM, trace: Trace, full: bool = False) -> Costs:
         entering=float(trace.mean_visual_tokens.mean()),
         after=float(trace.mean_visual_tokens_after.mean()),
         flops=math.nan if geometry is None else exact_flops(geometry, trace),
-        kv_bytes=math.nan if geometry is None else kv_bytes(geometry, trace, next(vlm.model.parameters()).element_size()),
+        kv_bytes=math.nan
+        if geometry is None
+        else kv_bytes(geometry, trace, next(vlm.model.parameters()).element_size()),
     )
 
 

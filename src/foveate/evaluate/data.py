@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..zoo.scenes import Sample
+from ..zoo.scenes import Sample, scenes
 
 __all__ = ["DATASETS", "DataError", "Sample", "load", "open_image"]
 
@@ -85,10 +85,12 @@ def _easyvqa(count: int | None, seed: int) -> list[Sample]:
 
 
 def _scenes(count: int, seed: int) -> list[Sample]:
-    from ..zoo.scenes import scenes
-
-    each = 5
-    return scenes(count=-(-count // each), seed=seed, questions_per_scene=each, split="test")[:count]
+    each, drawn = 5, 0
+    found: list[Sample] = []
+    while len(found) < count:  # a bare scene may not have `each` questions to ask
+        drawn += -(-(count - len(found)) // each)
+        found = scenes(count=drawn, seed=seed, questions_per_scene=each, split="test")
+    return found[:count]
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -150,5 +152,4 @@ def _sample(path: Path, where: str, row: Mapping[str, Any]) -> Sample:
         answer=str(row["answer"]),
         kind=str(row.get("kind", "")),
         image_id=str(row["image"]) if isinstance(row["image"], str) else where,
-        asked=(),
     )

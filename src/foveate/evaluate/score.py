@@ -8,7 +8,8 @@ from collections.abc import Sequence
 __all__ = ["accuracy", "agreement", "matches", "normalise", "standard_error"]
 
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
 
 
 def normalise(answer: str) -> str:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize
 
-__all__ = ["Merging", "cosines", "energy_matching", "feature_energy", "gaussian_energy", "merge_schedule", "soft_matching"]
+__all__ = [
+    "Merging",
+    "cosines",
+    "energy_matching",
+    "feature_energy",
+    "gaussian_energy",
+    "merge_schedule",
+    "soft_matching",
+]
 
 
 @dataclass(frozen=True)

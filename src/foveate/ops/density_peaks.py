@@ -48,6 +48,7 @@ def _distances(tokens: Tensor, valid: Tensor, normalise: bool) -> Tensor:
     return (apart / tokens.shape[-1] if normalise else apart).sqrt_()
 
 
+@torch.no_grad()
 def density_peaks(
     tokens: Tensor,
     valid: Tensor,
@@ -103,7 +104,7 @@ def density_peaks(
     score = density * delta
     ranking = height + delta.log() if height is log_density else score
     ranking = ranking.nan_to_num(-torch.inf, neginf=torch.finfo(torch.float32).min)
-    order = ranking.masked_fill(~valid, -torch.inf).argsort(1, descending=True, stable=True)[:, :most]
+    order = ranking.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :most]
     real = torch.arange(order.shape[1], device=tokens.device) < counts[:, None]
 
     if assignment == "cosine":
@@ -120,9 +121,7 @@ def density_peaks(
     return Clusters(density, delta, score, order.masked_fill(~real, -1), joined)
 
 
-def merge_clusters(
-    tokens: Tensor, valid: Tensor, clusters: Clusters, how: Literal["mean", "sum"] = "mean"
-) -> Tensor:
+def merge_clusters(tokens: Tensor, valid: Tensor, clusters: Clusters, how: Literal["mean", "sum"] = "mean") -> Tensor:
     """One token per cluster: the mean (official code, divisor count + 1e-6) or the sum (paper) of its members.
 
     Args:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..reduction import Budget, Patches, View
+from ..reduction import Budget, Patches, Positions, View
 
-__all__ = ["by_block", "by_image", "counts_per_image", "take"]
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["by_block", "by_image", "can_close_up", "closed_up", "counts_per_image", "take"]
 
 
 def _grouped(rows: Tensor, slots: Tensor, group: Tensor) -> Patches:
@@ -44,6 +49,18 @@ def by_block(view: View) -> Patches:
     rows = torch.tensor([row for row, _ in blocks], dtype=torch.long)
     grids = torch.tensor([block.grid for _, block in blocks], dtype=torch.long).view(-1, 2)
     return Patches(rows.to(device), slots.to(device), grids.to(device))
+
+
+def can_close_up(anatomy: Anatomy) -> bool:
+    """Whether positions can be counted anew: RoPE with one axis, no sliding window that a prompt might exceed."""
+    if anatomy.mrope or not hasattr(anatomy.decoder, "rotary_emb"):
+        return False
+    return all(window is None for window in anatomy.sliding_windows)
+
+
+def closed_up(anatomy: Anatomy) -> Positions:
+    """Positions as if removed tokens had never been there ("compact") where the model allows it, else "keep"."""
+    return "compact" if can_close_up(anatomy) else "keep"
 
 
 def counts_per_image(budget: Budget, images: Patches) -> Tensor:

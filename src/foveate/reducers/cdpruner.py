@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from ..ops.determinantal import determinantal_points
 from ..ops.diversity import order_mask
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError, Patches, Reducer, View, register
-from ._images import by_block, by_image, counts_per_image, take
+from ._images import by_block, by_image, closed_up, counts_per_image, take
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
@@ -31,7 +31,8 @@ Scorer = Callable[[View], Tensor]
 def embedding_similarity(view: View) -> Tensor:
     """Mean cosine of each slot to the token embeddings of the text after the last image: (B, S) float32.
 
-    Where no text follows, all text of the row is meant. Only right before layer 0, where `view.hidden` holds embeddings.
+    Where no text follows, all text of the row is meant. Only right before layer 0, where `view.hidden` holds
+    embeddings.
     """
     text = view.active & ~view.visual
     slots = torch.arange(text.shape[1], device=text.device)
@@ -50,13 +51,15 @@ def embedding_similarity(view: View) -> Tensor:
 class CDPruner(Reducer):
     """Greedy MAP of a determinantal point process with kernel diag(r) S diag(r).
 
-    S are the cosines of the projected features, r the relevance to the question, scaled to (0, 1] within each image. All
-    crops of an image are one set, several images are chosen from one by one, everything in float32. Positions are closed
-    up ("compact"); with M-RoPE (Qwen-VL, GLM-4V), for which there is no official code, they are kept.
+    S are the cosines of the projected features, r the relevance to the question, scaled to (0, 1] within each image.
+    All crops of an image are one set, several images are chosen from one by one, everything in float32. Positions are
+    closed up ("compact"); with M-RoPE (Qwen-VL, GLM-4V) and sliding windows, for which there is no official code, they
+    are kept.
 
-    The official relevance is minus the cosine of CLIP's patch embeddings and CLIP's text embedding (the paper has a plus;
-    low cosines mark relevant patches in CLIP). It needs CLIP's text tower, which LLaVA checkpoints do not contain, so the
-    default here is the cosine to the embeddings of the question's tokens in the language model: unofficial.
+    The official relevance is minus the cosine of CLIP's patch embeddings and CLIP's text embedding (the paper has a
+    plus; low cosines mark relevant patches in CLIP). It needs CLIP's text tower, which LLaVA checkpoints do not
+    contain, so the default here is the cosine to the embeddings of the question's tokens in the language model:
+    unofficial.
 
     Mended: NaN when the rank of the features is used up (the rest is filled by relevance); NaN for constant relevance;
     several samples in one call.
@@ -83,7 +86,7 @@ class CDPruner(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = "keep" if anatomy.mrope or not hasattr(anatomy.decoder, "rotary_emb") else "compact"
+        self.positions = closed_up(anatomy)
 
     def _relevance(self, view: View, images: Patches) -> Tensor:
         """(B, S) relevance, scaled over each image."""

@@ -26,20 +26,22 @@ __all__ = ["DART"]
 
 @register(
     "dart",
-    MethodInfo(paper="arXiv 2502.11494", acts="after an early decoder layer", needs="keys of that layer", text_guided=True),
+    MethodInfo(
+        paper="arXiv 2502.11494", acts="after an early decoder layer", needs="keys of that layer", text_guided=True
+    ),
 )
 @dataclass
 class DART(Reducer):
     """Keep pivots and what is least similar to them; no attention is needed.
 
     Pivots are the visual tokens, and the text tokens behind the first image, with the largest keys (L1 norm over all
-    heads) in layer `layer` - 1. Visual pivots stay; then every pivot, visual ones first, by norm, takes an equal share of
-    visual tokens with the lowest cosine to itself (hidden states after layer `layer` - 1, through the decoder's final
-    norm). Images of one sample are one set. Positions are kept.
+    heads) in layer `layer` - 1. Visual pivots stay; then every pivot, visual ones first, by norm, takes an equal share
+    of visual tokens with the lowest cosine to itself (hidden states after layer `layer` - 1, through the decoder's
+    final norm). Images of one sample are one set. Positions are kept.
 
-    Mended: exactly `keep` tokens stay (the official count is up to `pivot_image` above it: 132 for 128, and its division
-    loses the remainder); the order in which pivots choose, which decides between 1 to 33 of its tokens, is not that of a
-    Python set; few text tokens or a large `keep` are no error; several images; padding.
+    Mended: exactly `keep` tokens stay (the official count is up to `pivot_image` above it: 132 for 128, and its
+    division loses the remainder); the order in which pivots choose, which decides between 1 to 33 of its tokens, is not
+    that of a Python set; few text tokens or a large `keep` are no error; several images; padding.
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]), that stay from `layer` on.
@@ -104,7 +106,9 @@ class DART(Reducer):
             existing = [slot for slot, there in zip(row, real) if there]
             orders.append(list(set(existing)) + [0] * (len(row) - len(existing)))
         tokens, keep = visual.sum(1), self._budget.keep
-        share = (tokens - self.pivot_image).clamp_max(keep) if isinstance(keep, int) else (tokens.double() * keep).floor()
+        share = (
+            (tokens - self.pivot_image).clamp_max(keep) if isinstance(keep, int) else (tokens.double() * keep).floor()
+        )
         each = (share // (self.pivot_image + self.pivot_text)).long().clamp_min(0)[:, None]
         rank = torch.arange(pivots.shape[1], device=pivots.device)
         takes = torch.where(rank < exists.sum(1, keepdim=True), each, 0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..ops.attention import attention_rows
 from ..ops.select import top_k_mask, true_indices
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
+from ._images import can_close_up
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ _PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2
 @register(
     "pyramiddrop",
     MethodInfo(
-        paper="arXiv 2410.17247", acts="before several decoder layers", needs="attention of the last token", text_guided=True
+        paper="arXiv 2410.17247",
+        acts="before several decoder layers",
+        needs="attention of the last token",
+        text_guided=True,
     ),
 )
 @dataclass
@@ -43,20 +47,22 @@ class PyramidDrop(Reducer):
     The attention row is the one layer L would compute without the drop: its own norm, query and key projections (mean
     over heads, softmax over all tokens). Where L's attention is not of the plain Llama kind (M-RoPE, fused projections,
     layers without RoPE), the row that layer L - 1 did compute is taken instead: a substitute, not in the paper. After
-    each drop positions are counted anew, per layer, decoding included ("renumber", official; "keep" with M-RoPE).
+    each drop positions are counted anew, per layer, decoding included ("renumber", official; "keep" with
+    M-RoPE and sliding windows).
 
     Mended: depths other than 32, left padding, batches, several images in a row (one set).
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]), that enter the decoder layers on
-            average. A share r stays at the first layer of the list, r^2 at the second, r^3 at the third, rounded so that
-            the average is met (at least one token stays). The paper's own setting is a fraction of 0.469.
+            average. A share r stays at the first layer of the list, r^2 at the second, r^3 at the third, rounded so
+            that the average is met (at least one token stays). The paper's own setting is a fraction of 0.469.
         layers: before which layers tokens go: numbers from 1 on, or fractions of the depth. Default: 1/4, 1/2, 3/4; for
             a `keep` below 5/12 a half, a quarter, ... of these, sample by sample, until it can be met.
         ratios: instead of `keep`, the fraction of all visual tokens left at each of `layers` (rounded down). Without
             both, the paper's (0.5, 0.25, 0.125).
         renumber: whether positions are counted anew after each drop (official); None: where the model allows it.
-        faithful: the official layers 8, 16, 24 at any depth unless `layers` is given; those beyond the depth are left out.
+        faithful: the official layers 8, 16, 24 at any depth unless `layers` is given; those beyond the depth are left
+        out.
 
     Raises:
         BudgetError: bad `keep`.
@@ -98,7 +104,7 @@ class PyramidDrop(Reducer):
         self._depth, self._lists = depth, lists
         self.stages = tuple(sorted({layer - 1 for layers in lists for layer in layers}))
         one_axis = not anatomy.mrope and hasattr(anatomy.decoder, "rotary_emb")
-        self.positions = "renumber" if (one_axis if self.renumber is None else self.renumber) else "keep"
+        self.positions = "renumber" if (can_close_up(anatomy) if self.renumber is None else self.renumber) else "keep"
         plain = one_axis and anatomy.text_config.model_type in _PLAIN_ATTENTION
         self._anatomy = anatomy if plain else None
         self.taps = {} if plain else {stage: TapSpec(queries="last") for stage in self.stages}
@@ -182,11 +188,13 @@ def _pyramid(tokens: Tensor, fraction: Tensor, layers: Tensor, depth: int) -> Te
         over = (spans * middle[:, None] ** power).sum(1) > wanted
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
     counts = (tokens[:, None] * high[:, None] ** power).round()
-    before = tokens * layers[:, 0] + (spans * counts)[:, :-1].sum(1)
-    last = ((tokens * fraction * depth - before) / spans[:, -1]).round()
-    counts[:, -1] = last
-    least = torch.minimum(tokens, torch.ones_like(tokens))[:, None]
-    return torch.maximum(counts.long().cummin(1).values, least)
+    least = torch.minimum(tokens, torch.ones_like(tokens)).double()
+    for stage in reversed(range(layers.shape[1])):  # what rounding did to the average, the stages take back
+        missing = tokens * wanted - (spans * counts).sum(1)
+        upper = counts[:, stage - 1] if stage else tokens.double()
+        lower = counts[:, stage + 1] if stage + 1 < layers.shape[1] else least
+        counts[:, stage] = torch.clamp(counts[:, stage] + (missing / spans[:, stage]).round(), lower, upper)
+    return counts.long()
 
 
 def next_layer_row(
@@ -222,4 +230,6 @@ def next_layer_row(
     window = anatomy.sliding_windows[layer]
     allowed = valid if window is None else valid & (slots[:, -1:] - slots < window)
     softcap = getattr(attention, "attn_logit_softcapping", None)
-    return attention_rows(query, key, torch.zeros_like(slots[:, :1]), allowed[:, None], None, attention.scaling, softcap)
+    return attention_rows(
+        query, key, torch.zeros_like(slots[:, :1]), allowed[:, None], None, attention.scaling, softcap
+    )

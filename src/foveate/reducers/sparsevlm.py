@@ -1,1 +1,326 @@
-class SparseVLM: ...  # temporary, until the method lands
+"""SparseVLM: question tokens to which the image matters rate its tokens, and the best of the removed ones are merged.
+
+Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", arXiv 2410.04417 (ICML
+2025). Official code: Gumpest/SparseVLMs @ 26a5f488 ("1.5", "2.0") and @ b72c5d6 ("1.0"); re-implemented from the
+formulas. Here: the options and the order of things. The mathematics is in `ops.raters` (scores), `ops.schedule` (how
+many), `ops.density_peaks` (clusters) and `ops.recycle` (slots).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import raters, schedule
+from ..ops.density_peaks import density_peaks, merge_clusters
+from ..ops.recycle import Merged, official_order, slot_order
+from ..ops.select import true_indices
+from ..reduction import (
+    BEFORE_LAYERS,
+    Budget,
+    Decision,
+    MethodInfo,
+    Positions,
+    Reducer,
+    Tap,
+    TapSpec,
+    UnsupportedError,
+    View,
+    register,
+)
+from ._sparsevlm import OWN, Plan, Rules, check_options, numbers
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["SparseVLM"]
+
+_OFFICIAL_HEADS = 14
+
+
+class Selection(NamedTuple):
+    """What stays of the visual tokens of `B` rows and `S` slots, and what of the rest is clustered.
+
+    Attributes:
+        scores: (B, S).
+        chosen: (B, S) bool, tokens that stay as they are.
+        members: (B, P) long, slots to be clustered by descending score; -1 for padding.
+        clusters: (B,) long, how many tokens they become.
+        most: the largest of `clusters`.
+    """
+
+    scores: Tensor
+    chosen: Tensor
+    members: Tensor
+    clusters: Tensor
+    most: int
+
+
+@register(
+    "sparsevlm",
+    MethodInfo(
+        paper="SparseVLM (arXiv 2410.04417, ICML 2025)",
+        acts="inside the LLM",
+        needs="attention of some question tokens",
+        text_guided=True,
+    ),
+)
+@dataclass
+class SparseVLM(Reducer):
+    """Keep, layer by layer, the visual tokens that the raters attend to; merge the best of the removed ones.
+
+    Raters are the tokens of the question that the image is more similar to than to the average one; a visual token's
+    score is its attention from them. Of the removed tokens the best 30 % are clustered and come back as one token per
+    cluster, in the slot of its centre. At least one visual token stays.
+
+    Options at None are what the variant says: "1.5", "1.0", "2.0" choose as the official code does, "paper" as the
+    paper.
+
+    Args:
+        keep: visual tokens per image (int), or their fraction (float in (0, 1]): the mean over all decoder layers of
+            the tokens left *after* each of them, merged ones included, as the paper's tables count. What enters the
+            layers is more (`Trace.mean_visual_tokens`: 206 for 192). "1.5" and "2.0" meet it within 2 % from some 16
+            tokens on, "1.0" and "paper" as nearly as their rule allows if the rank stays what it is at first.
+        variant: "1.5": fixed counts. "1.0": rank(P) * `scale` + `bias` tokens stay. "2.0" (SparseVLM+): attention is
+            corrected for distance, some heads count, nothing is merged. "paper": `lam` * (Lv - rank(P)) go, each layer.
+        faithful: the official code to the letter: layers 2, 6, 15 (1.0: and 19) and the counts of LLaVA-1.5-7B whatever
+            the model and the image, one rater threshold for the batch, 14 heads, no guard; in 1.x merged tokens behind
+            the kept ones, and renumbered positions. `keep`: 192, 128, 96 or 64 (1.0: not 96; any if `scale` is given).
+        layers: decoder layers after which tokens go: ints, or fractions of the depth. None: 2, 6, 15 of 32 (1.0: and
+            19; paper: all), the first one replaced by 0 where `keep` needs it.
+        counts: instead of `keep`, tokens kept after each layer, merged ones not counted ("1.5", "2.0").
+        recycle: merge removed tokens (2.0: no).
+        tau: share of the removed tokens that are clustered.
+        theta: clusters, as a share of the clustered tokens.
+        neighbours: k of the density; None: the number of clusters.
+        merge: "mean" (code) or "sum" (paper) of a cluster.
+        assignment: to the centre at the smallest "euclidean" distance (code) or of the highest "cosine" (paper).
+        isolation: delta of the densest token: the largest distance of the "sample" (code) or of that "token" (paper).
+        normalise: divide distances by sqrt(hidden size) (code; not in the paper).
+        rater_threshold: relevance "greater" than the mean (code) or "greater_equal" (paper, eq. 5).
+        rank_rows: P has a row for each of the "raters" (code) or for all "text" behind the image (paper).
+        score_rows: a score is the mean over the "raters" or over all "text" behind the image.
+        scale: of 1.0; None: as `keep` needs it (faithful: the official pair of scale and bias).
+        bias: of 1.0; None: 0.
+        lam: lambda of "paper", in (0, 1]; None: as `keep` needs it.
+        head_share: share of the heads that count in 2.0.
+        gravity_floor: guard of 2.0: the smallest correction weight, as a share of the one at distance 0. The official
+            weight changes sign beyond 1,707 tokens. Distances are counted in slots of the prompt.
+        positions: "keep" or "renumber"; None: "renumber" for faithful 1.x, else "keep".
+
+    Raises:
+        BudgetError: bad `keep`.
+        OptionError: any other bad option; when applied: layers that the model does not have or that cannot meet `keep`.
+        UnsupportedError: when applied: `faithful` 2.0 with fewer than 14 heads; renumbering with multi-axis RoPE.
+    """
+
+    keep: int | float = 1 / 3
+    variant: Literal["1.5", "1.0", "2.0", "paper"] = "1.5"
+    faithful: bool = False
+    layers: Sequence[int | float] | None = None
+    counts: Sequence[int] | None = None
+    recycle: bool | None = None
+    tau: float = 0.3
+    theta: float = 0.1
+    neighbours: int | None = None
+    merge: Literal["mean", "sum"] | None = None
+    assignment: Literal["euclidean", "cosine"] | None = None
+    isolation: Literal["sample", "token"] | None = None
+    normalise: bool | None = None
+    rater_threshold: Literal["greater", "greater_equal"] | None = None
+    rank_rows: Literal["raters", "text"] | None = None
+    score_rows: Literal["raters", "text"] | None = None
+    scale: float | None = None
+    bias: float | None = None
+    lam: float | None = None
+    head_share: float = 0.5
+    gravity_floor: float = 0.05
+    positions: Positions | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.keep)
+        self.variant = str(self.variant)  # type: ignore[assignment]  # a command line makes 1.5 a number
+        check_options(self)
+        self.layers, self.counts = numbers("layers", self.layers), numbers("counts", self.counts)
+        if self.positions is None:
+            self.positions = "renumber" if self.faithful and self.variant != "2.0" else "keep"
+
+    @property
+    def official_budget(self) -> int:
+        """`keep` as a number of LLaVA-1.5's 576 tokens, 0 if that is not whole."""
+        keep = self.budget.keep
+        tokens = keep * schedule.TOKENS if isinstance(keep, float) else keep
+        return round(tokens) if abs(tokens - round(tokens)) < 1e-6 else 0
+
+    def choice(self, name: str) -> Any:
+        """An option, or what the variant says where it is None."""
+        value = getattr(self, name)
+        return OWN[self.variant][name] if value is None else value
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        self._anatomy, self._rules = anatomy, Rules(self, anatomy.depth)
+        layers = self._rules.layers
+        heads: Any = "none" if self.variant == "2.0" else "mean"
+        self.stages = (BEFORE_LAYERS, *layers)
+        self.taps = {layer: TapSpec(queries=partial(_rows_to_read, layer), heads=heads) for layer in layers}
+        self._heads = _OFFICIAL_HEADS if self.faithful else max(1, round(self.head_share * anatomy.heads))
+        if self.variant == "2.0" and self._heads > anatomy.heads:
+            raise UnsupportedError(
+                f"SparseVLM 2.0 with faithful=True chooses {_OFFICIAL_HEADS} heads, this model has {anatomy.heads}; "
+                "use faithful=False"
+            )
+
+    def decide(self, view: View) -> Decision | None:
+        if view.stage == BEFORE_LAYERS:
+            self._begin(view)
+            return None
+        if not any(view.stage in plan.layers for plan in view.state["plans"]):
+            return None
+        scores, chosen, members, clusters, most = self.select(view)
+        if not most:
+            return Decision(keep=view.active & (chosen | ~view.visual), scores=scores)
+        merged = self.merge_tokens(view, members, clusters, most)
+        laid = official_order(view.hidden, chosen, merged) if self.faithful else slot_order(chosen, merged)
+        in_use, slots, values, origin = laid
+        own = torch.arange(origin.shape[1], device=origin.device)
+        origin = torch.where(view.active & ~view.visual, own, origin)
+        return Decision(view.active & (in_use | ~view.visual), slots, values, origin, scores)
+
+    @torch.no_grad()
+    def select(self, view: View) -> Selection:
+        """What stays after a layer, and what of the rest is clustered."""
+        eligible, tap = view.active_visual, self.attention(view)
+        scores = self._scores(view, tap)
+        counts = self._counts(view, torch.stack([eligible.sum(1), self._rank(view, tap)], 1).tolist())
+        kept, pool, clusters = torch.tensor(counts, device=scores.device).T
+        # Image or not, the last token of the prompt has to stay.
+        ranking = scores.masked_fill(view.state["last"], torch.inf).masked_fill(~eligible, -torch.inf)
+        order = ranking.argsort(dim=1, descending=True, stable=True)
+        ranks = torch.arange(order.shape[1], device=order.device)
+        chosen = torch.zeros_like(eligible).scatter(1, order, ranks < kept[:, None]) & eligible
+        next_best = ranks[: max(count[1] for count in counts)]
+        members = order.gather(1, (kept[:, None] + next_best).clamp_max(order.shape[1] - 1))
+        members = members.masked_fill(next_best >= pool[:, None], -1)
+        return Selection(scores, chosen, members, clusters, max(count[2] for count in counts))
+
+    def _counts(self, view: View, facts: list[list[int]]) -> list[tuple[int, int, int]]:
+        """Of each sample's (tokens, rank): how many tokens stay, are clustered, and come back merged."""
+        counts, rules = [], view.state["rules"]
+        for row, (plan, (tokens, rank)) in enumerate(zip(view.state["plans"], facts)):
+            if view.stage not in plan.layers:
+                counts.append((tokens, 0, 0))
+                continue
+            if plan.kept:
+                kept = plan.kept[plan.layers.index(view.stage)]
+            else:
+                if row not in rules:
+                    rules[row] = self._rules.rule(plan, tokens, rank)
+                factor, bias = rules[row]
+                kept = int(rank * factor + bias) if self.variant == "1.0" else tokens - int(factor * (tokens - rank))
+            full = self.faithful and self.variant == "1.0" and rank == tokens  # the official code leaves it alone
+            counts.append((tokens, 0, 0) if full else self._rules.counts(kept, tokens))
+        return counts
+
+    @torch.no_grad()
+    def _begin(self, view: View) -> None:
+        """Plan every sample, and choose its raters by the embeddings that enter layer 0."""
+        slots = torch.arange(view.active.shape[1], device=view.active.device)
+        visual, text = view.active_visual, view.active & ~view.visual
+        last = slots == (view.active * slots).amax(1, keepdim=True)
+        behind = text & (slots > (visual * slots).amax(1, keepdim=True))
+        behind = torch.where(behind.any(1, keepdim=True), behind, last) & visual.any(1, keepdim=True)
+        facts = torch.stack([visual.sum(1), behind.sum(1), view.images.to(slots)], 1).tolist()
+        plans: list[Plan] = [self._rules.plan(tokens, images) for tokens, _, images in facts]
+        view.state.update(plans=plans, rules={}, last=last, raters=behind)
+        if any(plan.layers for plan in plans):
+            image, image_valid = true_indices(visual, max(fact[0] for fact in facts))
+            words, words_valid = true_indices(behind, max(fact[1] for fact in facts))
+            row = torch.arange(len(plans), device=slots.device)[:, None]
+            seen, said = view.hidden[row, image], view.hidden[row, words]
+            relevance = raters.text_relevance(seen, said, image_valid, words_valid)
+            inclusive = self.choice("rater_threshold") == "greater_equal"
+            found, _ = raters.rater_mask(relevance, words_valid, inclusive, shared=self.faithful)
+            # A question all of whose words are equally relevant has no rater: all of them rate.
+            found = torch.where(found.any(1, keepdim=True), found, words_valid)
+            view.state["raters"] = torch.zeros_like(behind).scatter(1, words, found)
+        everything = "text" in (self.choice("score_rows"), self._rank_rows)
+        rows = behind if everything else view.state["raters"]
+        # Samples that lose nothing at a stage have no row read there.
+        acting = [[stage in plan.layers for stage in self.stages] for plan in plans]
+        acts = torch.tensor(acting, device=slots.device).T[..., None]
+        view.state["rows"] = {stage: rows & acts[i] for i, stage in enumerate(self.stages)}
+
+    @property
+    def _rank_rows(self) -> str | None:
+        """Rows of the matrix whose rank counts; None where no rank counts."""
+        return None if self.variant in schedule.COUNTS else self.choice("rank_rows")
+
+    def _rows(self, view: View, tap: Tap, which: str) -> Tensor:
+        return tap.row_valid & view.state["raters"].gather(1, tap.query_slots) if which == "raters" else tap.row_valid
+
+    def attention(self, view: View) -> Tap:
+        """The rows read, (B, R, N): mean over the heads; in 2.0 corrected for distance, mean over the chosen heads."""
+        assert view.tap is not None  # asked for in `prepare`
+        if self.variant != "2.0":
+            return view.tap
+        weights, _ = self.select_heads(view)
+        return replace(view.tap, weights=weights)
+
+    def select_heads(self, view: View) -> tuple[Tensor, Tensor]:
+        """SparseVLM+: corrected attention (B, R, N), mean over the chosen heads; and these, best first (B, heads)."""
+        tap = view.tap
+        assert tap is not None
+        length, anatomy = view.active.shape[1], self._anatomy
+        if anatomy.mrope:  # no line of positions: the plain embedding of the same base
+            cosines = raters.rope_cosines(length, anatomy.head_dim, anatomy.rope_theta, view.hidden.device)
+        else:
+            at = torch.arange(length, device=view.hidden.device)[None]
+            cosines = anatomy.rotary(view.stage, view.hidden[:1, :1].float(), at)[0][0]
+        floor = None if self.faithful else self.gravity_floor
+        gravity = raters.gravity_weights(cosines, anatomy.head_dim, floor).to(tap.weights.device)
+        distance = (tap.query_slots[..., None] - tap.key_slots[:, None]).clamp(0, length - 1)
+        corrected = tap.weights / gravity[distance][:, None]
+        keys = view.visual.gather(1, tap.key_slots.clamp(0, length - 1)) & (tap.key_slots >= 0)
+        rows = self._rows(view, tap, self.choice("score_rows"))
+        sums = (corrected * (rows[:, :, None] & keys[:, None])[:, None]).sum((2, 3))
+        numbers, chosen = raters.top_heads(sums, self._heads)
+        return (corrected * chosen[..., None, None]).sum(1) / self._heads, numbers
+
+    def _scores(self, view: View, tap: Tap) -> Tensor:
+        rows = self._rows(view, tap, self.choice("score_rows"))
+        return replace(tap, row_valid=rows).per_slot(view.active.shape[1])
+
+    def _rank(self, view: View, tap: Tap) -> Tensor:
+        """(B,) rank of the attention from the rows that count to the visual tokens; 0 where no rank is needed."""
+        visual = view.active_visual
+        if self._rank_rows is None:
+            return torch.zeros_like(visual[:, 0], dtype=torch.long)
+        matrix = tap.to_slots(tap.weights, visual.shape[1])
+        return raters.matrix_rank(matrix, self._rows(view, tap, self._rank_rows), visual)[0]
+
+    def merge_tokens(self, view: View, members: Tensor, counts: Tensor, most: int) -> Merged:
+        """Cluster the states at the slots `members` (B, P), -1 for padding, into `counts` (B,) tokens."""
+        states = view.hidden[torch.arange(len(members), device=members.device)[:, None], members.clamp_min(0)]
+        clusters = density_peaks(
+            states,
+            members >= 0,
+            counts,
+            most,
+            neighbours=self.neighbours,
+            normalise=self.choice("normalise"),
+            isolation=self.choice("isolation"),
+            assignment=self.choice("assignment"),
+            logarithmic=not self.faithful,
+        )
+        centres = members.gather(1, clusters.centres.clamp_min(0)).masked_fill(clusters.centres < 0, -1)
+        merged = merge_clusters(states, members >= 0, clusters, self.choice("merge"))
+        return Merged(members, clusters.assignment, centres, merged)
+
+
+def _rows_to_read(stage: int, state: dict[str, Any]) -> Tensor:
+    return state["rows"][stage]

@@ -40,7 +40,7 @@ _INK, _PAPER, _SOFT, _GOOD, _BAD = "#1b1f24", "#ffffff", "#6a737d", "#1a7f37", "
 
 @dataclass(frozen=True)
 class Cell:
-    """One patch on a picture: its slot in the sequence and its box (left, top, right, bottom), fractions of the picture."""
+    """One patch on a picture: its slot in the sequence and its box (left, top, right, bottom) in fractions of it."""
 
     slot: int
     box: tuple[float, float, float, float]
@@ -130,7 +130,7 @@ def _heat(picture: np.ndarray, cells: Sequence[Cell], scores: Tensor, there: Ten
 
 
 # ---------------------------------------------------------------------------------------------- from slots to patches
-def _canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layout | None) -> list[_Canvas]:
+def _block_canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layout | None) -> list[_Canvas]:
     """The pictures of a row, each with its patches; a plain grid if the layout does not say where the patches are."""
     found: list[_Canvas] = []
     known = layout.images[row] if layout is not None and row < len(layout.images) else []
@@ -192,7 +192,7 @@ def _pruning_stages(trace: Trace, row: int) -> list[int]:
 
 
 def _stage_name(stage: int) -> str:
-    return "before the language model" if stage == BEFORE_LAYERS else f"after layer {stage}"
+    return "before the LLM" if stage == BEFORE_LAYERS else f"after layer {stage}"
 
 
 def _count(trace: Trace, row: int, stage: int) -> tuple[int, int]:
@@ -245,7 +245,7 @@ def overlay(
     if not 0 <= row < trace.visual.shape[0]:
         raise ValueError(f"row={row}: the trace has {trace.visual.shape[0]} rows")
     images = [image] if isinstance(image, Image.Image) else list(image)
-    canvases = _canvases(images, trace, row, trace.layout if layout is None else layout)
+    canvases = _block_canvases(images, trace, row, trace.layout if layout is None else layout)
     stages = _pruning_stages(trace, row)
     heats = [stage for stage in stages if heat and trace.scores(stage) is not None]
     columns = 1 + len(stages) + len(heats)
@@ -332,7 +332,7 @@ def sheet(rows: Sequence[SheetRow], title: str | None = None) -> Figure:
     for line, row in zip(axes, rows):
         _show(line[0], _background(_Canvas("", row.image, [])), f"{row.question}\nfull model: {row.answer}")
         for panel, cell in zip(line[1:], row.cells):
-            canvas = _canvases([row.image], cell.trace, cell.row, cell.trace.layout)[0]
+            canvas = _block_canvases([row.image], cell.trace, cell.row, cell.trace.layout)[0]
             stage = _pruning_stages(cell.trace, cell.row)[-1]
             kept, total = _count(cell.trace, cell.row, stage)
             pixels = paint(_background(canvas), canvas.cells, cell.trace.origins(stage)[cell.row].cpu())

@@ -81,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A painted scene: `pixels` uint8 (112, 112, 3); `owner` (14, 14) holds 1 + the index of the thing of a patch, or 0."""
+    """A painted scene: `pixels` uint8 (112, 112, 3); `owner` (14, 14): 1 + the index of a patch's thing, or 0."""
 
     pixels: np.ndarray
     things: list[Thing]
@@ -198,7 +198,7 @@ def paint(rng: np.random.Generator, things: list[Thing], split: str) -> Scene:
 def _owners(cover: np.ndarray, things: list[Thing]) -> np.ndarray:
     patches = cover.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID, GRID, -1)
     owner = np.zeros((GRID, GRID), np.int64)
-    for index, thing in enumerate(things):
+    for index in range(len(things)):
         owner[(patches == index + 1).mean(2) > _COVERED] = index + 1
     for index, thing in enumerate(things):
         owner[thing.center_patch] = index + 1
@@ -209,7 +209,9 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     coarse = rng.uniform(-30, 30, (5, 5, 3))
     coarse = 0.45 * coarse + 0.8 * coarse.mean(2, keepdims=True)  # mostly grey: colour must not give objects away
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    planes = [Image.fromarray(coarse[..., c].astype(np.float32)).resize(size, Image.Resampling.BICUBIC) for c in range(3)]
+    planes = [
+        Image.fromarray(coarse[..., c].astype(np.float32)).resize(size, Image.Resampling.BICUBIC) for c in range(3)
+    ]
     canvas = np.stack([np.asarray(plane) for plane in planes], 2) + rng.uniform(70, 200)
     canvas = canvas + rng.normal(0, rng.uniform(2, 12), (*size, 1))
     if rng.random() < 0.5:

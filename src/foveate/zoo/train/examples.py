@@ -103,7 +103,7 @@ def easy(rng: np.random.Generator, questions: int) -> Example:
     shape, color = _truth(rows)
     grid = np.zeros((GRID, GRID, len(COLUMNS)), np.int64)
     if mask.any():
-        row, column = (int(round(places.mean())) for places in np.nonzero(mask))
+        row, column = (round(float(places.mean())) for places in np.nonzero(mask))
         quadrant = 1 + 2 * (row >= GRID // 2) + (column >= GRID // 2)
         shape_label = 1 + SHAPE_WORDS.index(shape) if shape else UNKNOWN_LABEL
         color_label = 1 + COLOR_WORDS.index(color) if color else UNKNOWN_LABEL

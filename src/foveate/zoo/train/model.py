@@ -169,7 +169,8 @@ class Symbols(nn.Module):
     """Visual tokens made of true labels: the sum of trainable vectors, one per label value and one per position.
 
     The language model learns on these while the vision tower is still learning to see; the projector is then fitted to
-    them. They start as the embeddings of the words that answer questions about them.
+    them. They start as the embeddings of the words that answer questions about them; quadrant and centre start faint,
+    for too many strong parts in a token drown the match between a question's word and the object it names.
     """
 
     def __init__(self, word_embeddings: Tensor) -> None:
@@ -179,7 +180,8 @@ class Symbols(nn.Module):
         with torch.no_grad():
             for table, words in zip(self.values, (SHAPE_WORDS, COLOR_WORDS, DIGIT_WORDS, QUADRANTS, ("object",))):
                 table.weight.normal_(0, 0.03)
-                table.weight[1:] = word_embeddings[[IDS[word] for word in words]]
+                strength = 0.25 if words in (QUADRANTS, ("object",)) else 1.0
+                table.weight[1:] = strength * word_embeddings[[IDS[word] for word in words]]
             self.position.weight.copy_(0.06 * _sine_positions(TEXT_WIDTH, 0.5 * math.pi, 0.08))
 
     def forward(self, labels: Tensor, places: Tensor) -> Tensor:

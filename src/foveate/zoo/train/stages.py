@@ -66,10 +66,10 @@ def language(place: Place, steps: int, batch: int = 16) -> None:
 
     def loss(rng: np.random.Generator, step: int) -> tuple[Tensor, Report]:
         done = step / steps
-        count = 8 if done < 0.4 else 48 if done < 0.85 else PATCHES
-        objects = (1, 3) if done < 0.12 else (2, 4) if done < 0.25 else (2, 5)
+        count = 8 if done < 0.5 else 48 if done < 0.9 else PATCHES
+        objects = (1, 3) if done < 0.15 else (2, 4) if done < 0.3 else (2, 5)
         size = batch if count < PATCHES else batch // 2
-        easy_share = 0.0 if done < 0.4 else 0.2
+        easy_share = 0.0 if done < 0.5 else 0.2
         drawn = [examples.symbolic(rng, QUESTIONS, objects, easy_share) for _ in range(size)]
         labels, places = _symbol_tokens(rng, drawn, count)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -89,7 +89,8 @@ def _symbol_tokens(rng: np.random.Generator, drawn: list[Example], count: int) -
     labels = np.stack([example.labels for example in drawn])
     foreground, center = labels[..., OWNER] > 0, labels[..., CENTER] > 0
     one_each = count < 16
-    score = 0.5 * rng.random(foreground.shape) - foreground if one_each else 0.9 * rng.random(foreground.shape) + foreground
+    chance = rng.random(foreground.shape)
+    score = 0.5 * chance - foreground if one_each else 0.9 * chance + foreground
     score[center] = 3
     places = np.sort(np.argsort(-score, axis=1)[:, :count], axis=1)
     chosen = np.take_along_axis(labels, places[..., None], 1)[..., : len(LABEL_SIZES)]

@@ -1,0 +1,128 @@
+"""The measurements of the model card: accuracy by kind, under pruning, and the margins between choices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from .. import path
+from ..easyvqa import easyvqa
+from ..scenes import KINDS, Sample, scenes
+from .evaluate import AFTER, BEFORE, Bench, margin
+from .loop import progress
+
+__all__ = ["evaluate_all", "measure"]
+
+TEST_SEED, VALIDATION_SEED = 999, 555
+BUDGETS = (64, 32, 22, 8)
+DRAWS = 3
+LAYERS = (0, 1)
+REMOVED = 22
+"""The budget at which margins are stated: 22 of 196 tokens, 11 %."""
+
+
+def evaluate_all(folder: Path, run: Path, steps: Mapping[str, int]) -> dict[str, Any]:
+    """Measure on the test splits and keep the result in ``run/results.json``."""
+    results = measure(folder, scenes(400, TEST_SEED), easyvqa(count=1000, seed=TEST_SEED))
+    results["training"] = {name: progress(run, name) | {"steps": count} for name, count in steps.items()}
+    results["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
+    (run / "results.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def measure(folder: Path, own: list[Sample], easy: list[Sample]) -> dict[str, Any]:
+    """Accuracy by kind on scenes and easy-VQA; accuracy under pruning and margins on scenes."""
+    bench, easy_bench = Bench(folder, own), Bench(folder, easy)
+    full, easy_full = bench.full(), easy_bench.full()
+    accuracy = {"overall": _summary(full)}
+    accuracy |= {kind: _summary(full[bench.kinds == kind]) for kind in KINDS}
+    accuracy["easy-vqa"] = _summary(easy_full)
+    before = _table(bench, BEFORE, -1)
+    after = {layer: _table(bench, AFTER, layer) for layer in LAYERS}
+    easy_before = _table(easy_bench, BEFORE, -1)
+    return {
+        "accuracy": accuracy,
+        "questions": len(own),
+        "foreground": float(bench.objects.float().mean()),
+        "before": _means(before),
+        "after": {str(layer): _means(table) for layer, table in after.items()},
+        "easy": _means(easy_before),
+        "kinds": _by_kind(bench, full, before, after),
+        "margins": _margins(bench, full, before, after),
+    }
+
+
+Table = dict[str, dict[int, np.ndarray]]
+"""Per choice and budget: (N,) right or wrong, the mean of several draws for the random choice."""
+
+
+def _table(bench: Bench, choices: tuple[str, ...], layer: int) -> Table:
+    table: Table = {}
+    for choice in choices:
+        draws = range(DRAWS if choice == "random" else 1)
+        table[choice] = {
+            keep: np.mean([bench.pruned(choice, keep, layer, seed) for seed in draws], axis=0) for keep in BUDGETS
+        }
+    return table
+
+
+def _means(table: Table) -> dict[str, dict[str, float]]:
+    return {choice: {str(keep): float(right.mean()) for keep, right in row.items()} for choice, row in table.items()}
+
+
+def _by_kind(bench: Bench, full: np.ndarray, before: Table, after: dict[int, Table]) -> dict[str, dict[str, float]]:
+    """Accuracy by kind of question at `REMOVED` tokens."""
+    rows = {"all 196 tokens": full} | {f"before: {choice}": row[REMOVED] for choice, row in before.items()}
+    rows |= {f"after layer 0: {choice}": row[REMOVED] for choice, row in after[0].items()}
+    return {name: {kind: float(row[bench.kinds == kind].mean()) for kind in KINDS} for name, row in rows.items()}
+
+
+def _margins(bench: Bench, full: np.ndarray, before: Table, after: dict[int, Table]) -> list[dict[str, Any]]:
+    clusters = bench.image.numpy()
+    cls, oracle = "CLS attention, last layer", "asked objects"
+    chosen = {choice: row[REMOVED] for choice, row in before.items()}
+    pairs = [
+        ("before", "all tokens", "asked objects", full, chosen[oracle]),
+        ("before", "asked objects", "CLS attention", chosen[oracle], chosen[cls]),
+        ("before", "CLS attention", "random", chosen[cls], chosen["random"]),
+    ]
+    for layer, table in after.items():
+        row = {choice: table[choice][REMOVED] for choice in table}
+        for question in ("question tokens, mean", "question tokens, max"):
+            pairs.append((f"after layer {layer}", question, "CLS attention", row[question], row[cls]))
+        pairs.append((f"after layer {layer}", "CLS attention", "random", row[cls], row["random"]))
+    margins = []
+    for where, better, worse, one, other in pairs:
+        mean, error = margin(one, other, clusters)
+        margins.append({"where": where, "better": better, "worse": worse, "margin": mean, "error": error})
+    return margins
+
+
+def _summary(right: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float(right.mean()), "n": len(right)}
+
+
+def main() -> None:
+    """Measure a checkpoint: ``python -m foveate.zoo.train.evaluate_all [FOLDER] [--split test|validation]``."""
+    parser = argparse.ArgumentParser(description="Measure a checkpoint of the zoo.")
+    parser.add_argument("folder", type=Path, nargs="?", default=path("tiny-llava"))
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--scenes", type=int, default=400)
+    parser.add_argument("--easy", type=int, default=1000)
+    options = parser.parse_args()
+    seed = TEST_SEED if options.split == "test" else VALIDATION_SEED
+    own = scenes(options.scenes, seed, split=options.split)
+    easy = easyvqa("test" if options.split == "test" else "train", options.easy, seed)
+    Console().print_json(json.dumps(measure(options.folder, own, easy)))
+
+
+if __name__ == "__main__":
+    main()

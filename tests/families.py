@@ -138,9 +138,7 @@ def _mrope(*sections: int) -> dict[str, Any]:
 def _qwen2_vl() -> hf.PreTrainedModel:
     tower = {"depth": 3, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "patch_size": 8, "mlp_ratio": 2}
     decoder = {**DECODER, "rope_parameters": _mrope(2, 3, 3)}
-    return hf.Qwen2VLForConditionalGeneration(
-        hf.Qwen2VLConfig(text_config=decoder, vision_config=tower, **QWEN_TOKENS)
-    )
+    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=decoder, vision_config=tower, **QWEN_TOKENS))
 
 
 def _qwen2_5_vl() -> hf.PreTrainedModel:
@@ -154,9 +152,7 @@ def _qwen2_5_vl() -> hf.PreTrainedModel:
 def _qwen3_vl() -> hf.PreTrainedModel:
     tower = {**QWEN_TOWER, "depth": 4, "deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 64}
     decoder = {**DECODER, "head_dim": 16, "rope_parameters": _mrope(4, 2, 2)}
-    return hf.Qwen3VLForConditionalGeneration(
-        hf.Qwen3VLConfig(text_config=decoder, vision_config=tower, **QWEN_TOKENS)
-    )
+    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=decoder, vision_config=tower, **QWEN_TOKENS))
 
 
 def _glm4v() -> hf.PreTrainedModel:

@@ -193,7 +193,9 @@ def test_training(case: tuple[str, PreTrainedModel]):
     name, model = case
     prompt = inputs(name, model)
     labels = answer_labels(prompt)
-    removed = {stage: gone for stage, gone in draw_removed(prompt["input_ids"], {-1: [9, 9], 1: [4, 7], 3: [0, 0]}).items()}
+    removed = {
+        stage: gone for stage, gone in draw_removed(prompt["input_ids"], {-1: [9, 9], 1: [4, 7], 3: [0, 0]}).items()
+    }
     predicts = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
     expected_removed = {stage: gone & ~predicts for stage, gone in removed.items()}
 

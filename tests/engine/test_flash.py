@@ -14,7 +14,17 @@ from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, Watch, all_removed, draw_removed
 
 # Gemma's and PaliGemma's bidirectional masks do not exist under FlashAttention, in transformers itself.
-CAUSAL = ["llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "glm4v"]
+CAUSAL = [
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "idefics3",
+    "glm4v",
+]
 
 
 @torch.no_grad()

@@ -18,7 +18,10 @@ from tests.reference.plans import Fixed, all_removed, draw_removed
 
 COUNTS = {-1: [8, 9], 1: [4, 7], 3: [2, 0]}
 BY_FAMILY = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES]
-SOME = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("llava", "qwen3_vl", "gemma3_window", "idefics3")]
+SOME = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name))
+    for name in ("llava", "qwen3_vl", "gemma3_window", "idefics3")
+]
 
 
 def _states(output: Any) -> Tensor:

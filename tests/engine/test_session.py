@@ -154,7 +154,9 @@ def test_a_prompt_without_image_is_untouched(model: nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("answer", [lambda view: None, lambda view: Decision(), lambda view: Decision(view.tokens)])
-def test_a_decision_that_removes_nothing_is_bitwise_nothing(model: nn.Module, answer: Callable[[View], Decision | None]):
+def test_a_decision_that_removes_nothing_is_bitwise_nothing(
+    model: nn.Module, answer: Callable[[View], Decision | None]
+):
     """Not even padding is dropped."""
     prompt = _prompt(model)
 

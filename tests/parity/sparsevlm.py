@@ -20,9 +20,9 @@ from foveate.reduction import BEFORE_LAYERS, Decision, Tap, View
 from . import Golden, answer, positions, tiny_llama, visual_slots
 
 SCORES = {"atol": 1e-6, "rtol": 1e-4}
-CORRECTED = {"atol": 1e-6, "rtol": 1e-3}
+CORRECTED = {"atol": 1e-5, "rtol": 1e-3}
 """Where attention is divided by a weight that crosses zero."""
-STATES = {"atol": 1e-4}
+STATES = {"atol": 1e-4, "rtol": 1e-4}
 THETA = 10000.0
 _VERSIONS = {"1_0": "1.5", "2_0": "2.0", "v1_0rank": "1.0"}
 
@@ -62,8 +62,9 @@ class Recorded(foveate.SparseVLM):
 def _anatomy(heads: int, head_dim: int) -> Any:
     """As much of a model as SparseVLM asks for: LLaVA-1.5's depth and embedding."""
 
-    def rotary(layer: int, hidden: Tensor, at: Tensor) -> tuple[Tensor, None]:
-        return raters.rope_cosines(int(at.max()) + 1, head_dim, THETA)[at], None
+    def rotary(layer: int, hidden: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = raters.rope_table(int(at.max()) + 1, head_dim, THETA)
+        return cos[at], sin[at]
 
     return SimpleNamespace(depth=32, heads=heads, head_dim=head_dim, mrope=False, rotary=rotary)
 
@@ -72,7 +73,11 @@ def _prompt(golden: Golden, length: int) -> tuple[Tensor, Tensor, int]:
     """Visual slots (1, S), all slots, and the first slot of the text behind the image."""
     start, n_visual = golden.scalar("v_token_start"), golden.scalar("n_visual")
     slots = torch.arange(length)
-    return ((slots >= start) & (slots < start + n_visual))[None], torch.ones(1, length, dtype=torch.bool), start + n_visual
+    return (
+        ((slots >= start) & (slots < start + n_visual))[None],
+        torch.ones(1, length, dtype=torch.bool),
+        start + n_visual,
+    )
 
 
 def _read(golden: Golden, rows: Tensor, heads: str) -> Tap:
@@ -85,7 +90,9 @@ def _read(golden: Golden, rows: Tensor, heads: str) -> Tap:
     return Tap(weights, torch.ones(1, len(rows), dtype=torch.bool), rows[None], everything)
 
 
-def _run(golden: Golden, reducer: Recorded, layer: int, embeds: Tensor | None = None, states: Tensor | None = None) -> View:
+def _run(
+    golden: Golden, reducer: Recorded, layer: int, embeds: Tensor | None = None, states: Tensor | None = None
+) -> View:
     """Let the reducer decide after `layer`; raters from `embeds` (1, S, C), or as the file names them."""
     length = golden["q"].shape[2]
     visual, tokens, text = _prompt(golden, length)
@@ -102,7 +109,9 @@ def _run(golden: Golden, reducer: Recorded, layer: int, embeds: Tensor | None = 
         golden.compare("rater_idx", view.state["raters"][0].nonzero()[:, 0] - text)
     wanted = reducer.taps[layer].queries(view.state)[0].nonzero()[:, 0]
     states = torch.zeros(1, length, 4) if states is None else states
-    after = View(layer, states, tokens, visual, tokens, _read(golden, wanted, reducer.taps[layer].heads), state=view.state)
+    after = View(
+        layer, states, tokens, visual, tokens, _read(golden, wanted, reducer.taps[layer].heads), state=view.state
+    )
     reducer.decide(after)
     return after
 
@@ -121,7 +130,7 @@ def _raters(golden: Golden) -> None:
     found, threshold = raters.rater_mask(relevance, valid, shared=True)
     assert (threshold == threshold[0]).all()
     golden.compare("threshold", threshold[0], atol=1e-7)
-    golden.compare("min_margin", (relevance - threshold).abs().min(), atol=1e-6)
+    golden.compare("min_margin", (relevance - threshold).abs().min(), atol=5e-8)
     golden.compare("rater_batch_idx", found.nonzero()[:, 0])
     golden.compare("rater_idx", found.nonzero()[:, 1])
     # Through the reducer too, which sees the whole batch.
@@ -150,14 +159,14 @@ def _score(golden: Golden) -> None:
         golden.compare("visual_score", scores[None], **(CORRECTED if variant == "2.0" else SCORES))
         kept = _kept(reducer, layer, first)
         golden.compare(f"kept_idx_L{layer}", kept)
-        golden.compare(f"boundary_gap_L{layer}", _gap(scores, len(kept)), atol=1e-3)
+        golden.compare(f"boundary_gap_L{layer}", _gap(scores, len(kept)), atol=1e-5)
         golden.compare(f"s_flag_L{layer}", len(kept) < int(view.visual.sum()))
     if variant == "2.0":
-        query, last = golden["q"], view.visual.shape[1] - 1
-        gravity = raters.gravity_weights(raters.rope_cosines(last + 1, query.shape[-1], THETA), query.shape[-1])
-        golden.compare("rope_weights_row_last", gravity.flip(0), atol=1e-5)
-        distance = view.tap.query_slots[0, :, None] - torch.arange(last + 1)
-        corrected = (view.tap.weights[0] / gravity[distance.clamp_min(0)])[..., view.visual[0]]
+        length, dim = view.visual.shape[1], golden["q"].shape[-1]
+        ones, slots = raters.rotated_ones(*raters.rope_table(length, dim, THETA), dim), torch.arange(length)[None]
+        golden.compare("rope_weights_row_last", raters.gravity_weights(ones, slots[:, -1:], slots)[0, 0], atol=1e-6)
+        gravity = raters.gravity_weights(ones, view.tap.query_slots, slots)[:, None]
+        corrected = (view.tap.weights / gravity)[0, ..., view.visual[0]]
         golden.compare("gravity_corrected_P", corrected.mean(1), **CORRECTED)
         golden.compare("head_sums", corrected.sum((1, 2)), atol=1e-3, rtol=1e-3)
         golden.compare("selected_heads", reducer.select_heads(view)[1][0])
@@ -183,14 +192,16 @@ def _rank(golden: Golden) -> None:
     golden.compare("visual_score", reducer.selections[2].scores[visual][None], **SCORES)
     for name in names:
         if name.startswith("paper_eq8_N_lambda"):
-            golden.compare(name, float(name.rpartition("lambda")[2]) * (int(visual.sum()) - int(rank)), atol=1e-9)
+            golden.compare(name, float(name.rpartition("lambda")[2]) * (int(visual.sum()) - int(rank)), rtol=1e-6)
 
 
 def _cluster(golden: Golden) -> None:
     tokens, count = golden["x"], golden["cluster_num"]
     valid = torch.ones(tokens.shape[:2], dtype=torch.bool)
     counts = count.expand(len(tokens))
-    found = density_peaks.density_peaks(tokens, valid, counts, int(count), noise=golden["noise_uniform"])
+    found = density_peaks.density_peaks(
+        tokens, valid, counts, int(count), noise=golden["noise_uniform"], guarded=False
+    )
     golden.compare("density", found.density, atol=1e-5)
     golden.compare("delta", found.delta, atol=1e-4)
     golden.compare("score", found.score, atol=1e-4)
@@ -220,7 +231,7 @@ def _step(golden: Golden) -> None:
         golden.compare("recycled_visual_idx", recycled)
         pruned = (view.visual & ~selection.chosen)[0].nonzero()[:, 0] - first
         golden.compare("recycled_idx_in_pruned_list", torch.searchsorted(pruned, recycled))
-        golden.compare("merged", reducer.merge_tokens(view, *selection[2:]).states[0], **STATES)
+        golden.compare("merged", reducer.merge_tokens(view, *selection[2:]).states, **STATES)
         frame[0, decision.slots[0]] = decision.values[0]
     golden.compare("hidden_out", frame[:, keep], **STATES)
     length = int(keep.sum())
@@ -258,7 +269,7 @@ def _end_to_end(golden: Golden) -> None:
     golden.compare("greedy_tokens", ours.tokens)
     golden.compare("decode_logits", ours.decode_logits, **STATES)
     identity, ranks, gaps = torch.arange(visual.shape[1]) - first, [], []
-    for i, layer in enumerate(layers):
+    for layer in layers:
         view, selection, decision = reducer.views[layer], reducer.selections[layer], reducer.decisions[layer]
         here = view.active_visual[0]
         scores = selection.scores[0, here]
@@ -281,10 +292,9 @@ def _end_to_end(golden: Golden) -> None:
             entering = prefill.hidden[layer + 1][0, first : first + int(after.sum())]
             golden.compare(f"hidden_in_L{layer + 1}", entering, **STATES)
             at = positions(model, prefill.cosines[layer + 1])
-            # The official 2.0 hands its layers the kept positions, but the file has the order of the tokens.
             golden.compare(f"position_ids_L{layer + 1}", at)
     golden.compare("rank_P", torch.cat(ranks))
-    golden.compare("boundary_gap", torch.stack(gaps), atol=1e-3)
+    golden.compare("boundary_gap", torch.stack(gaps), atol=3e-5)
     for step, decoded in enumerate(ours.passes[1:]):
         counted = [n + step if reducer.positions == "renumber" else visual.shape[1] + step for n in ours.stored]
         assert [int(positions(model, cosines)) for cosines in decoded.cosines] == counted

@@ -35,7 +35,8 @@ def _schedule(golden: Golden) -> None:
 
 def _merging(golden: Golden) -> None:
     metric, x = golden["metric"], golden["x"]
-    size = golden["size_in"] if "size_in" in golden else None
+    sized = "size_in" in golden
+    size = golden["size_in"] if sized else None
     distill = golden.scalar("distill_token")
     merging = soft_matching(metric, golden.scalar("r"), golden.scalar("class_token"), distill)
     golden.compare("r_effective", metric.shape[1] - merging.length)

@@ -17,7 +17,17 @@ from tests import families
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, all_removed
 
-__all__ = ["STEPS", "TOLERANCE", "assert_exact", "build_once", "footprint", "generate", "greedy", "greedy_by_hand", "largest"]
+__all__ = [
+    "STEPS",
+    "TOLERANCE",
+    "assert_exact",
+    "build_once",
+    "footprint",
+    "generate",
+    "greedy",
+    "greedy_by_hand",
+    "largest",
+]
 
 TOLERANCE = 2e-4
 """Largest difference of float32 logits between the engine and the masked reference."""
@@ -55,7 +65,9 @@ def generate(model: PreTrainedModel, inputs: Mapping[str, Any], steps: int = STE
     )
 
 
-def greedy(model: PreTrainedModel, inputs: Mapping[str, Any], steps: int = STEPS, **options: Any) -> tuple[Tensor, Tensor]:
+def greedy(
+    model: PreTrainedModel, inputs: Mapping[str, Any], steps: int = STEPS, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Tokens (B, S + steps) and logits (B, steps, V)."""
     output = generate(model, inputs, steps, **options)
     return output.sequences, torch.stack(output.logits, 1)
@@ -149,7 +161,10 @@ def footprint(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         found[name] = (
             {key: id(value) for key, value in module.__dict__.items() if key not in _OWN_MEMORY},
-            {kind: tuple(getattr(module, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")},
+            {
+                kind: tuple(getattr(module, kind))
+                for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+            },
             repr(getattr(module, "config", None)),
             module.training,
         )

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from foveate.zoo import easyvqa as module
 from foveate.zoo.easyvqa import easyvqa
 from foveate.zoo.scenes import GRID
@@ -32,7 +33,8 @@ def test_questions_of_one_image_share_it():
 def test_splits_are_disjoint():
     pytest.importorskip("easy_vqa")
     train, test = (module._read(split)[1] for split in ("train", "test"))
-    assert len(train) == 4000 and len(test) == 1000
+    assert len(train) == 4000
+    assert len(test) == 1000
     assert not set(train.values()) & set(test.values())
 
 

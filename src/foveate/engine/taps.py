@@ -116,7 +116,7 @@ def read_rows(
     chosen = wanted.gather(1, index)
     if reach.valid is not None:
         chosen = chosen & reach.valid
-    count = int(chosen.sum(1).max())
+    count = 1 if spec.queries == "last" else int(chosen.sum(1).max())
     rows, row_valid = true_indices(chosen, count)
     slots = index.gather(1, rows)
     allowed, bias = _visibility(mask, rows, slots + reach.past, reach, kwargs.get("sliding_window"))

@@ -291,8 +291,8 @@ class TowerReduction:
         merged = plan.merge(labels[..., None].double())
         if len(merged) != labels.numel():
             raise UnsupportedError(
-                f"{type(anatomy.model).__name__} makes one visual token of several patches: nothing can be taken away in "
-                "its tower; merge after it (where='output')"
+                f"{type(anatomy.model).__name__} makes one visual token of several patches: nothing can be taken away "
+                "in its tower; merge after it (where='output')"
             )
         patches = _lay(plan, {"features": labels[..., None].double()}, {}, visual)
         assert patches.features is not None

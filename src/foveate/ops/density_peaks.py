@@ -38,14 +38,13 @@ class Clusters:
 
 
 def _distances(tokens: Tensor, valid: Tensor, normalise: bool) -> Tensor:
-    """(B, N, N) Euclidean, by one matrix product."""
+    """(B, N, N) Euclidean."""
     # Around the mean: hidden states share a large offset, in which small distances would drown.
     mean = (tokens * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)
     centred = (tokens - mean) * valid[..., None]
-    squares = centred.square().sum(-1)
-    apart = torch.baddbmm(squares[:, None] + squares[..., None], centred, centred.transpose(1, 2), alpha=-2)
-    apart.clamp_min_(0).diagonal(dim1=1, dim2=2).zero_()
-    return (apart / tokens.shape[-1] if normalise else apart).sqrt_()
+    apart = torch.cdist(centred, centred)
+    apart.diagonal(dim1=1, dim2=2).zero_()
+    return apart / tokens.shape[-1] ** 0.5 if normalise else apart
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def density_peaks(
     normalise: bool = True,
     isolation: Isolation = "sample",
     assignment: Assignment = "euclidean",
-    logarithmic: bool = False,
+    guarded: bool = True,
 ) -> Clusters:
     """Cluster the valid tokens of every sample around its density peaks.
 
@@ -76,7 +75,9 @@ def density_peaks(
             or of that `"token"` (paper).
         assignment: a token joins the centre that is nearest (`"euclidean"`, official code) or most similar (`"cosine"`,
             paper); the first of equals.
-        logarithmic: compare densities and scores by their logarithm: the same order, also where exp() is 0 for all.
+        guarded: of equally dense tokens the first counts as denser, and densities and scores are compared by their
+            logarithms, which is the same order also where exp() is 0 for all. The official code makes two centres of a
+            pair of equals (unless its noise tells them apart, which 16 bits do not hold).
 
     Returns:
         The clusters, float32. Values at padding mean nothing.
@@ -93,18 +94,23 @@ def density_peaks(
     used = torch.arange(nearest.shape[-1], device=tokens.device) < k[..., None]
     log_density = -nearest.square().where(used, 0.0).sum(-1) / k.clamp_min(1)
     density = log_density.exp() if noise is None else log_density.exp() + noise * 1e-6
-    height = log_density if logarithmic and noise is None else density
+    height = log_density if guarded else density
 
-    denser = (height[:, None] > height[..., None]) & pairs
+    denser = height[:, None] > height[..., None]
+    if guarded:
+        denser |= (height[:, None] == height[..., None]).tril(-1)
+    denser &= pairs
     delta = apart.masked_fill(~denser, torch.inf).amin(-1)
     farthest = apart.masked_fill(~pairs, 0.0).amax(-1)
     if isolation == "sample":
         farthest = farthest.amax(1, keepdim=True).expand_as(delta)
     delta = torch.where(delta.isinf(), farthest, delta)
     score = density * delta
-    ranking = height + delta.log() if height is log_density else score
-    ranking = ranking.nan_to_num(-torch.inf, neginf=torch.finfo(torch.float32).min)
-    order = ranking.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :most]
+    if guarded:
+        ranking = (height + delta.log()).clamp_min(torch.finfo(torch.float32).min).masked_fill(~valid, -torch.inf)
+        order = ranking.argsort(dim=1, descending=True, stable=True)[:, :most]
+    else:  # equals in the order of topk, as in the official code
+        order = score.masked_fill(~valid, -torch.inf).topk(most).indices
     real = torch.arange(order.shape[1], device=tokens.device) < counts[:, None]
 
     if assignment == "cosine":

@@ -13,7 +13,7 @@ from .select import top_k_mask
 __all__ = ["Matcher", "energy_pairs", "first_of_each", "merge_to_counts", "soft_pairs"]
 
 Matcher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x (I, n, D), valid (I, n) left-aligned, r (I,)) -> tokens that merge (I, n) bool, `r` each, and into which (I, n)."""
+"""(x (I, n, D), valid (I, n) left-aligned, r (I,)) -> tokens that go (I, n) bool, `r` each, and into which (I, n)."""
 
 
 def soft_pairs(x: Tensor, valid: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:

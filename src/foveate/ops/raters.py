@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gravity_weights", "matrix_rank", "rater_mask", "rope_cosines", "text_relevance", "top_heads"]
+__all__ = ["gravity_weights", "matrix_rank", "rater_mask", "rope_table", "rotated_ones", "text_relevance", "top_heads"]
 
 _BLOCK = 1024
 """Visual tokens whose similarity to the text is held at a time."""
@@ -63,29 +63,46 @@ def rater_mask(
 
 
 # ------------------------------------------------------------------------------------------------------ SparseVLM+
-def rope_cosines(length: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
-    """cos(m * theta_i) of a plain rotary embedding at positions 0 to length - 1: (length, head_dim) float32."""
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin of a plain rotary embedding at positions 0 to length - 1: (length, head_dim) float32 each."""
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * theta ** (-steps / head_dim)
-    return angles.cos().repeat(1, 2)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * (1.0 / theta ** (steps / head_dim))
+    angles = angles.repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
-def gravity_weights(cosines: Tensor, head_dim: int, floor: float | None = None) -> Tensor:
-    """What RoPE alone makes of a distance: W(m) = <RoPE_m(1), RoPE_0(1)> / sqrt(head_dim).
+def rotated_ones(cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """RoPE_m(1), the rotated vector of ones: (L, head_dim) float32.
 
-    W falls with the distance, so that attention prefers what is near. SparseVLM+ divides attention by it. But W is not
+    Args:
+        cos, sin: (L, r) at each position, the two dimensions of a frequency r / 2 apart (Llama) or adjacent (Cohere);
+            r <= head_dim, the rest does not rotate.
+        head_dim: width of a head.
+    """
+    first = torch.arange(cos.shape[1], device=cos.device)
+    adjacent = (cos[:, :1] == cos[:, 1:2]).all()
+    sign = torch.where(torch.where(adjacent, first % 2 == 0, first < cos.shape[1] // 2), -1.0, 1.0)
+    return torch.nn.functional.pad(cos.float() + sign * sin.float(), (0, head_dim - cos.shape[1]), value=1.0)
+
+
+def gravity_weights(ones: Tensor, queries: Tensor, keys: Tensor, floor: float | None = None) -> Tensor:
+    """What RoPE alone makes of a distance: W[m, n] = <RoPE_m(1), RoPE_n(1)> / sqrt(head_dim).
+
+    W falls with the distance, so that attention prefers what is near; SparseVLM+ divides attention by it. But W is not
     positive: with 128 dimensions and base 1e4 it is 11.3 at 0, 2.4 at 576 and below 0 from 1,707 on.
 
     Args:
-        cosines: (L, r) of the rotary embedding at positions 0 to L - 1, r <= head_dim (the rest does not rotate).
-        head_dim: width of a head.
-        floor: smallest weight, as a share of W(0): the guard. None: unguarded, as the official code.
+        ones: (L, head_dim), see `rotated_ones`.
+        queries: (B, R) positions.
+        keys: (B, N) positions.
+        floor: smallest weight, as a share of W at distance 0: the guard. None: unguarded, as the official code.
 
     Returns:
-        (L,) float32.
+        (B, R, N) float32.
     """
-    weights = (cosines.float().sum(-1) + (head_dim - cosines.shape[-1])) * head_dim**-0.5
-    return weights if floor is None else torch.maximum(weights, floor * weights[:1])
+    scale = ones.shape[-1] ** 0.5
+    weights = (ones[queries] @ ones[keys].transpose(1, 2)) / scale
+    return weights if floor is None else torch.maximum(weights, floor * ones[0].square().sum() / scale)
 
 
 def top_heads(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:

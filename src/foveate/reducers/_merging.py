@@ -46,7 +46,7 @@ def tower_leaders(view: View, images: Patches) -> Tensor:
 
 
 def _spread(view: View, images: Patches, values: Tensor) -> Tensor:
-    """Places in a block -> slots of the prompt, as a frame (B, S) of slots; slots outside the blocks stand for themselves."""
+    """Places in a block (I, N) -> slots, as a frame (B, S); slots outside the blocks stand for themselves."""
     own = torch.arange(view.active.shape[1], device=view.active.device).expand(view.active.shape)
     slots = images.slots.gather(1, values.clamp(0, images.slots.shape[1] - 1))
     laid = images.to_slots(torch.where(images.valid, slots + 1, 0), *view.active.shape)

@@ -30,7 +30,7 @@ _Rule = Literal["pitome", "bsm_pitome", "tome"]
 
 @dataclass(frozen=True)
 class _Preset:
-    """How the official code runs a family of encoders: margin(l) = start - slope * l / L, and which rule in which layer."""
+    """How the official code runs an encoder family: margin(l) = start - slope * l / L, and the rule of each layer."""
 
     start: float
     slope: float

@@ -34,7 +34,7 @@ __all__ = ["AveragePool", "Downsample", "pooled_grid"]
 
 
 def pooled_grid(height: int, width: int, most: int) -> tuple[int, int]:
-    """A coarser grid of at most `most` cells: many cells, but near-square ones (never twice as long as wide if avoidable).
+    """A coarser grid of at most `most` cells: many cells, near-square ones (at most twice as long as wide if possible).
 
     The cells' number divided by the fourth root of their side ratio is maximal: (12, 16) for 192 of 24 x 24, (11, 11)
     for 128, (8, 8) for 64.
@@ -130,7 +130,7 @@ def _shares(view: View, images: Patches, blocks: Patches, counts: Tensor) -> lis
 
 
 def _cells(blocks: Patches, shares: list[int]) -> tuple[Tensor, Tensor]:
-    """Cell of each patch, -1 where it has none, (I, N); and the place in its block of each cell's middle patch (I, cells)."""
+    """Cell of each patch (I, N), -1 where it has none; place in its block of each cell's middle patch (I, cells)."""
     device = blocks.slots.device
     grids = blocks.grid.tolist()
     targets = [pooled_grid(h, w, share) if share and h else (0, 0) for (h, w), share in zip(grids, shares)]

@@ -6,6 +6,7 @@ Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..ops.select import top_k_mask, true_indices
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
 from ._images import can_close_up
 from ._layers import check_layer, resolve_layer
+import itertools
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
@@ -42,7 +44,7 @@ _PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2
 )
 @dataclass
 class PyramidDrop(Reducer):
-    """Before each layer of a list, keep the visual tokens that the last prompt token would attend to most in that layer.
+    """Before each layer of a list, keep the visual tokens that the last prompt token would attend to most there.
 
     The attention row is the one layer L would compute without the drop: its own norm, query and key projections (mean
     over heads, softmax over all tokens). Where L's attention is not of the plain Llama kind (M-RoPE, fused projections,
@@ -99,7 +101,7 @@ class PyramidDrop(Reducer):
             lists.append([resolve_layer(layer, depth, first=1, option="layers") for layer in given])
         else:
             lists = _halved(depth)
-        if any(later <= earlier for layers in lists for earlier, later in zip(layers, layers[1:])):
+        if any(later <= earlier for layers in lists for earlier, later in itertools.pairwise(layers)):
             raise OptionError(f"layers={self.layers}: must ascend (they are {lists[0]} of {depth})")
         self._depth, self._lists = depth, lists
         self.stages = tuple(sorted({layer - 1 for layers in lists for layer in layers}))
@@ -151,7 +153,7 @@ class PyramidDrop(Reducer):
             assert view.tap is not None  # asked for in `prepare`
             return view.tap.per_slot(length)
         index, valid = true_indices(view.active, int(view.active.sum(1).max()))
-        hidden = view.hidden.gather(1, index[..., None].expand(-1, -1, view.hidden.shape[2]))
+        hidden = view.hidden[torch.arange(len(index), device=index.device)[:, None], index]
         positions = (valid.cumsum(1) - 1).clamp_min(0) if self.positions == "renumber" else index
         with torch.no_grad():
             weights = next_layer_row(self._anatomy, layer, hidden, positions, index, valid)

@@ -277,14 +277,15 @@ class SparseVLM(Reducer):
         assert tap is not None
         length, anatomy = view.active.shape[1], self._anatomy
         if anatomy.mrope:  # no line of positions: the plain embedding of the same base
-            cosines = raters.rope_cosines(length, anatomy.head_dim, anatomy.rope_theta, view.hidden.device)
+            table = raters.rope_table(length, anatomy.head_dim, anatomy.rope_theta, view.hidden.device)
         else:
             at = torch.arange(length, device=view.hidden.device)[None]
-            cosines = anatomy.rotary(view.stage, view.hidden[:1, :1].float(), at)[0][0]
+            cos, sin = anatomy.rotary(view.stage, view.hidden[:1, :1].float(), at)
+            table = cos[0], sin[0]
+        ones = raters.rotated_ones(*table, anatomy.head_dim).to(tap.weights.device)
         floor = None if self.faithful else self.gravity_floor
-        gravity = raters.gravity_weights(cosines, anatomy.head_dim, floor).to(tap.weights.device)
-        distance = (tap.query_slots[..., None] - tap.key_slots[:, None]).clamp(0, length - 1)
-        corrected = tap.weights / gravity[distance][:, None]
+        gravity = raters.gravity_weights(ones, tap.query_slots, tap.key_slots.clamp(0, length - 1), floor)
+        corrected = tap.weights / gravity[:, None]
         keys = view.visual.gather(1, tap.key_slots.clamp(0, length - 1)) & (tap.key_slots >= 0)
         rows = self._rows(view, tap, self.choice("score_rows"))
         sums = (corrected * (rows[:, :, None] & keys[:, None])[:, None]).sum((2, 3))
@@ -315,7 +316,7 @@ class SparseVLM(Reducer):
             normalise=self.choice("normalise"),
             isolation=self.choice("isolation"),
             assignment=self.choice("assignment"),
-            logarithmic=not self.faithful,
+            guarded=not self.faithful,
         )
         centres = members.gather(1, clusters.centres.clamp_min(0)).masked_fill(clusters.centres < 0, -1)
         merged = merge_clusters(states, members >= 0, clusters, self.choice("merge"))

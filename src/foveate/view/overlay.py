@@ -77,6 +77,7 @@ def paint(picture: np.ndarray, cells: Sequence[Cell], origins: Tensor) -> np.nda
     members: dict[int, int] = {}
     for slot in (owner[cell.slot] for cell in cells):
         members[slot] = members.get(slot, 0) + 1
+    groups = sorted(slot for slot, count in members.items() if slot >= 0 and count > 1)
     # Dropped patches first: a border belongs to the kept patch beside them.
     for cell in sorted(cells, key=lambda cell: owner[cell.slot] >= 0):
         top, bottom, left, right = _pixels(cell.box, picture.shape)
@@ -87,7 +88,7 @@ def paint(picture: np.ndarray, cells: Sequence[Cell], origins: Tensor) -> np.nda
             continue
         border = np.array([255.0, 255.0, 255.0])
         if members[representative] > 1:
-            border = _group_colour(representative)
+            border = _group_colour(groups.index(representative))
             share = 0.35 if representative == cell.slot else 0.6
             out[area] = (1 - share) * (0.5 * colour[area] + 0.5 * grey[area][..., None]) + share * border
         _frame(out[area], border)
@@ -108,9 +109,9 @@ def _frame(area: np.ndarray, colour: np.ndarray) -> None:
         edge[:] = 0.45 * edge + 0.55 * colour
 
 
-def _group_colour(representative: int) -> np.ndarray:
-    """Steps of the golden ratio round the colour wheel: neighbours in the sequence get unlike colours."""
-    return 255 * np.array(colorsys.hsv_to_rgb((representative * 0.61803) % 1.0, 0.85, 1.0), dtype=np.float32)
+def _group_colour(number: int) -> np.ndarray:
+    """Steps of the golden ratio round the colour wheel: groups in sequence get unlike colours."""
+    return 255 * np.array(colorsys.hsv_to_rgb((number * 0.61803) % 1.0, 0.85, 1.0), dtype=np.float32)
 
 
 def _heat(picture: np.ndarray, cells: Sequence[Cell], scores: Tensor, there: Tensor) -> np.ndarray:
@@ -130,7 +131,7 @@ def _heat(picture: np.ndarray, cells: Sequence[Cell], scores: Tensor, there: Ten
 
 
 # ---------------------------------------------------------------------------------------------- from slots to patches
-def _block_canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layout | None) -> list[_Canvas]:
+def _canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layout | None) -> list[_Canvas]:
     """The pictures of a row, each with its patches; a plain grid if the layout does not say where the patches are."""
     found: list[_Canvas] = []
     known = layout.images[row] if layout is not None and row < len(layout.images) else []
@@ -245,7 +246,7 @@ def overlay(
     if not 0 <= row < trace.visual.shape[0]:
         raise ValueError(f"row={row}: the trace has {trace.visual.shape[0]} rows")
     images = [image] if isinstance(image, Image.Image) else list(image)
-    canvases = _block_canvases(images, trace, row, trace.layout if layout is None else layout)
+    canvases = _canvases(images, trace, row, trace.layout if layout is None else layout)
     stages = _pruning_stages(trace, row)
     heats = [stage for stage in stages if heat and trace.scores(stage) is not None]
     columns = 1 + len(stages) + len(heats)
@@ -332,7 +333,7 @@ def sheet(rows: Sequence[SheetRow], title: str | None = None) -> Figure:
     for line, row in zip(axes, rows):
         _show(line[0], _background(_Canvas("", row.image, [])), f"{row.question}\nfull model: {row.answer}")
         for panel, cell in zip(line[1:], row.cells):
-            canvas = _block_canvases([row.image], cell.trace, cell.row, cell.trace.layout)[0]
+            canvas = _canvases([row.image], cell.trace, cell.row, cell.trace.layout)[0]
             stage = _pruning_stages(cell.trace, cell.row)[-1]
             kept, total = _count(cell.trace, cell.row, stage)
             pixels = paint(_background(canvas), canvas.cells, cell.trace.origins(stage)[cell.row].cpu())

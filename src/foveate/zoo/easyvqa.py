@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -33,7 +33,7 @@ def easyvqa(split: str = "test", count: int | None = None, seed: int = 0) -> lis
         ValueError: unknown split.
     """
     questions, paths = _read(split)
-    chosen = range(len(questions))
+    chosen: Sequence[int] = range(len(questions))
     if count is not None and count < len(questions):
         chosen = sorted(random.Random(seed).sample(chosen, count))
     samples = []

@@ -282,7 +282,7 @@ def ask(rng: np.random.Generator, things: list[Thing], count: int) -> list[Quest
     pool: dict[str, list[Question]] = {}
     for question in _askable(rng, things):
         pool.setdefault(question.kind, []).append(question)
-    chosen = []
+    chosen: list[Question] = []
     while pool and len(chosen) < count:
         weights = np.array([_KIND_WEIGHTS[kind] for kind in pool])
         kind = list(pool)[rng.choice(len(pool), p=weights / weights.sum())]

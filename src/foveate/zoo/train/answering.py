@@ -46,15 +46,16 @@ def pack(batch: list[list[Question]]) -> Packed:
         for segment, question in enumerate(questions, 1):
             (answer,) = encode(question.answer)
             tokens = [*encode(question.text), ASSISTANT, answer]
-            targets = [_NO_TARGET] * (len(tokens) - 2) + [answer, EOS]
+            expected = [_NO_TARGET] * (len(tokens) - 2) + [answer, EOS]
             first = len(PREFIX) + PATCHES
-            row += [(token, first + place, segment, targets[place]) for place, token in enumerate(tokens)]
+            row += [(token, first + place, segment, expected[place]) for place, token in enumerate(tokens)]
             kinds.append(question.kind)
         rows.append(row)
     longest = max(map(len, rows))
     filler = (PAD, 0, 0, _NO_TARGET)
-    columns = torch.tensor([row + [filler] * (longest - len(row)) for row in rows]).unbind(-1)
-    return Packed(*columns, kinds)
+    table = torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+    ids, positions, segments, targets = table.unbind(-1)
+    return Packed(ids, positions, segments, targets, kinds)
 
 
 def answer_loss(

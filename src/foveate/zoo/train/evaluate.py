@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,8 +90,8 @@ class Bench:
             by_length.setdefault(len(ids), []).append((index, ids))
         for rows in by_length.values():
             for first in range(0, len(rows), 64):
-                index, ids = zip(*rows[first : first + 64])
-                yield _Batch(torch.tensor(index), torch.tensor(ids))
+                chosen = rows[first : first + 64]
+                yield _Batch(torch.tensor([row[0] for row in chosen]), torch.tensor([row[1] for row in chosen]))
 
     # ------------------------------------------------------------------------------------------------- answers
     def full(self) -> np.ndarray:
@@ -186,7 +187,7 @@ def _rate(choice: str, rows: Tensor) -> Tensor:
     return question.mean((1, 2)) if choice.endswith("mean") else question.amax((1, 2))
 
 
-def _attention(layer: torch.nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], count: int) -> Tensor:
+def _attention(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], count: int) -> Tensor:
     """Attention of the last `count` rows of a Llama layer, (B, H, count, S)."""
     module, normed = layer.self_attn, layer.input_layernorm(hidden)
     shape = (*normed.shape[:2], -1, module.head_dim)

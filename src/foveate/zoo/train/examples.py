@@ -7,7 +7,6 @@ A label row has six columns per patch: shape, colour, digit, quadrant of the obj
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +77,8 @@ def labels(things: list[Thing], owner: np.ndarray) -> np.ndarray:
             0,
             index + 1,
         )
-        rows[(*thing.center_patch, CENTER)] = 1
+        row, column = thing.center_patch
+        rows[row, column, CENTER] = 1
     return rows.reshape(PATCHES, len(COLUMNS))
 
 
@@ -129,7 +129,9 @@ def _easy_symbolic(rng: np.random.Generator, questions: int) -> Example:
 
 
 def _draw(rng: np.random.Generator, rows: list[tuple[str, str]], count: int) -> list[Question]:
-    return [Question("easy", *rows[index], (0,)) for index in rng.permutation(len(rows))[:count]]
+    return [
+        Question("easy", text, answer, (0,)) for text, answer in (rows[i] for i in rng.permutation(len(rows))[:count])
+    ]
 
 
 def _truth(rows: list[tuple[str, str]]) -> tuple[str | None, str | None]:
@@ -143,9 +145,9 @@ def _truth(rows: list[tuple[str, str]]) -> tuple[str | None, str | None]:
 @functools.cache
 def _easy_images() -> list[tuple[Image.Image, np.ndarray, list[tuple[str, str]]]]:
     """Per training image: the picture, its object mask (G, G), its (question, answer) rows."""
-    rows = defaultdict(list)
-    pictures = {}
+    images: dict[int | str, tuple[Image.Image, np.ndarray, list[tuple[str, str]]]] = {}
     for sample in easyvqa.easyvqa("train"):
-        rows[sample.image_id].append((sample.question, sample.answer))
-        pictures[sample.image_id] = sample.image, sample.asked
-    return [(*pictures[image_id], rows[image_id]) for image_id in sorted(pictures)]
+        mask = np.zeros((GRID, GRID), bool) if sample.asked is None else sample.asked
+        _, _, rows = images.setdefault(sample.image_id, (sample.image, mask, []))
+        rows.append((sample.question, sample.answer))
+    return [images[image_id] for image_id in sorted(images)]

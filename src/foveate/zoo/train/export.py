@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from .stages import load_model
 from .vocabulary import BOS, EOS, PAD, processor
 
@@ -16,7 +14,7 @@ __all__ = ["export", "install"]
 def export(run: Path, seed: int) -> Path:
     """Write the model of a finished run to ``run/export`` and return that folder."""
     folder = run / "export"
-    model = load_model(run, seed).to(torch.float16)
+    model = load_model(run, seed).half()
     model.generation_config.bos_token_id = BOS
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,8 @@ class Stage:
                 self._save(place, optimizer, step + 1)
 
     def _optimizer(self) -> torch.optim.AdamW:
-        groups, seen = [], set()
+        groups: list[dict[str, Any]] = []
+        seen: set[int] = set()
         for name, module in self.modules.items():
             trained = name in self.rates
             for parameter in module.parameters():

@@ -8,6 +8,7 @@ Kolter 2023, "Mimetic Initialization of Self-Attention Layers"): queries and key
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def build(seed: int) -> LlavaForConditionalGeneration:
     return model
 
 
-def _start_vision(model: LlavaForConditionalGeneration) -> None:
+def _start_vision(model: Any) -> None:
     tower = model.model.vision_tower
     positions = next(module for name, module in tower.named_modules() if name.endswith("position_embedding"))
     # CLIP's own N(0, 0.02) start takes very long to discover which patches are neighbours.
@@ -77,7 +78,7 @@ def _start_vision(model: LlavaForConditionalGeneration) -> None:
             _match_content(module, module.out_proj, VISION_WIDTH, noise=(0.7, 0.4), identity=(0.7, -0.4))
 
 
-def _start_text(model: LlavaForConditionalGeneration) -> None:
+def _start_text(model: Any) -> None:
     for layer in model.model.language_model.layers:
         attention = layer.self_attn
         _match_content(attention, attention.o_proj, TEXT_WIDTH, noise=(0.5, 0.05), identity=(0.7, 0.08))
@@ -86,7 +87,7 @@ def _start_text(model: LlavaForConditionalGeneration) -> None:
 
 
 def _match_content(
-    module: nn.Module, output: nn.Linear, width: int, noise: tuple[float, float], identity: tuple[float, float]
+    module: Any, output: nn.Linear, width: int, noise: tuple[float, float], identity: tuple[float, float]
 ) -> None:
     """Set Wq Wk^T of each head to noise * Z + identity * I, and Wv Wo likewise (second entries)."""
     size = width // HEADS
@@ -108,7 +109,7 @@ def _sine_positions(width: int, fastest: float, slowest: float) -> Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
 
 
-def look(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def look(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the vision tower on pixels (B, 3, 112, 112).
 
     Returns:
@@ -178,6 +179,7 @@ class Symbols(nn.Module):
         self.values = nn.ModuleList(nn.Embedding(size, TEXT_WIDTH) for size in LABEL_SIZES)
         self.position = nn.Embedding(PATCHES, TEXT_WIDTH)
         with torch.no_grad():
+            table: Any
             for table, words in zip(self.values, (SHAPE_WORDS, COLOR_WORDS, DIGIT_WORDS, QUADRANTS, ("object",))):
                 table.weight.normal_(0, 0.03)
                 strength = 0.25 if words in (QUADRANTS, ("object",)) else 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ QUESTIONS = 12
 
 def pixels(batch: list[Example]) -> Tensor:
     """Normalised images (B, 3, 112, 112)."""
-    stacked = torch.from_numpy(np.stack([example.pixels for example in batch])).float() / 255
+    stacked = torch.from_numpy(np.stack([np.asarray(example.pixels) for example in batch])).float() / 255
     return ((stacked - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -32,7 +33,7 @@ def _labels(batch: list[Example]) -> Tensor:
     return torch.from_numpy(np.stack([example.labels for example in batch]))
 
 
-def _fresh(place: Place) -> LlavaForConditionalGeneration:
+def _fresh(place: Place) -> Any:
     model = build(place.seed)
     # Eager attention is the faster one here: the fused kernel's backward is slow on a CPU.
     model.model.vision_tower.set_attn_implementation("eager")

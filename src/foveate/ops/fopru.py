@@ -1,0 +1,70 @@
+"""FoPru: how much attention a patch gets or gives, and the choice of patches or of whole rows of patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .prumerge import ranked
+
+__all__ = ["best_rows", "best_tokens", "given_and_received", "significance"]
+
+
+def given_and_received(
+    query: Tensor, key: Tensor, cls_key: Tensor, scaling: float, block: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Attention among the patches alone (softmax with the CLS token, its row and column left out), averaged.
+
+    Args:
+        query, key: (I, N, H, d).
+        cls_key: (I, H, d).
+        scaling: factor on the dot products.
+        block: queries at a time; never N x N.
+
+    Returns:
+        given: (I, N), mean over the keys for each query; received: (I, N), mean over the queries for each key. Heads are
+        averaged.
+    """
+    keys = torch.cat([cls_key[:, None], key], 1).float().permute(0, 2, 3, 1)
+    given, received = [], 0.0
+    for part in query.float().transpose(1, 2).split(block, 2):
+        weights = (part @ keys * scaling).softmax(-1).mean(1)[..., 1:]
+        given.append(weights.mean(2))
+        received = received + weights.sum(1)
+    return torch.cat(given, 1), received / query.shape[1]
+
+
+def significance(given: Tensor, received: Tensor) -> Tensor:
+    """Whichever of the two (I, N) varies more over the patches, for each image: (I, N)."""
+    more = received.float().var(1, keepdim=True) >= given.float().var(1, keepdim=True)
+    return torch.where(more, received, given)
+
+
+def best_tokens(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` (I,) best of (I, N): (I, N) bool. FoPru's "rank"."""
+    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(valid).scatter(1, ranked(scores, valid), chosen) & valid
+
+
+def best_rows(scores: Tensor, valid: Tensor, width: Tensor, counts: Tensor) -> Tensor:
+    """`counts` (I,) patches of the rows with the highest mean score, the last row in part, its best patches. "row".
+
+    Args:
+        scores: (I, N).
+        valid: (I, N) bool.
+        width: (I,) patches in a row.
+        counts: (I,).
+
+    Returns:
+        (I, N) bool.
+    """
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    row = columns // width[:, None].clamp_min(1)
+    score = torch.where(valid, scores.float(), 0.0)
+    total = torch.zeros_like(score).scatter_add(1, row, score)
+    members = torch.zeros_like(score).scatter_add(1, row, valid.float())
+    mean = (total / members.clamp_min(1)).masked_fill(members == 0, -torch.inf)
+    place = torch.empty_like(row).scatter(1, ranked(mean, members > 0), columns.expand_as(row))
+    by_score = ranked(scores, valid)
+    by_row = place.gather(1, row).masked_fill(~valid, scores.shape[1]).gather(1, by_score).argsort(dim=1, stable=True)
+    return torch.zeros_like(valid).scatter(1, by_score.gather(1, by_row), columns < counts[:, None]) & valid

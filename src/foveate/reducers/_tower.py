@@ -1,0 +1,206 @@
+"""What the methods share that decide from the vision tower: blocks of patches, budgets, and the way to a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..ops.prumerge import listed
+from ..reduction import Budget, Decision, Patches, UnsupportedError, View
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["Blocks", "decide_at_home", "decide_in_order", "feature_layer", "states"]
+
+
+def feature_layer(anatomy: Anatomy) -> int:
+    """Vision layer whose output the model projects: -2 in LLaVA, -1 as a rule."""
+    return anatomy.vision_layer
+
+
+@dataclass
+class Blocks:
+    """Patches of the images of a batch, tile by tile, and how many of each may stay.
+
+    Attributes:
+        view: what the method was shown.
+        patches: by vision layer, as read; slots of tokens that are gone already are -1.
+        image: (I,) long, number of the image that a block belongs to.
+        budget: (images,) tokens of each image that may stay, None without a budget.
+        image_of_slot: (B, S) long, number of the image at each slot.
+    """
+
+    view: View
+    patches: dict[int, Patches]
+    image: Tensor
+    image_of_slot: Tensor
+    budget: Tensor | None
+
+    @classmethod
+    def of(cls, view: View, budget: Budget | None) -> Blocks:
+        """Read a view.
+
+        Raises:
+            UnsupportedError: the vision tower did not run under this session.
+        """
+        if not view.vision:
+            raise UnsupportedError("the vision tower did not run in this call: give pixel_values, not image features")
+        batch, length = view.active.shape
+        row = torch.arange(batch, device=view.active.device)[:, None].expand(-1, length)
+        inside = view.layout.image_index.clamp_min(0) if view.layout is not None else torch.zeros_like(row)
+        number = row * (length + 1) + inside  # more images than slots there are not
+        patches = {}
+        for layer, read in view.vision.items():
+            there = read.valid & view.active_visual[read.rows.clamp_min(0)[:, None], read.slots.clamp_min(0)]
+            patches[layer] = replace(read, rows=read.rows.clamp_min(0), slots=torch.where(there, read.slots, -1))
+        any_read = next(iter(patches.values()))
+        image = number[any_read.rows, any_read.slots.amax(1).clamp_min(0)]
+        quota = None
+        if budget is not None:
+            tokens = torch.zeros(batch * (length + 1), dtype=torch.long, device=row.device)
+            tokens = tokens.scatter_add(0, number.flatten(), view.active_visual.flatten().long())
+            quota = budget.per_row(tokens, torch.ones_like(tokens))
+        return cls(view, patches, image, number, quota)
+
+    @property
+    def any(self) -> Patches:
+        """One layer's patches, for rows, slots and grids."""
+        return next(iter(self.patches.values()))
+
+    @property
+    def valid(self) -> Tensor:
+        """(I, N) bool."""
+        return self.any.valid
+
+    def shares(self) -> Tensor:
+        """(I,) tokens of each block that stay, in proportion to its size; they sum to the budget of the image."""
+        assert self.budget is not None
+        size = self.valid.sum(1)
+        together = torch.zeros_like(self.budget).scatter_add(0, self.image, size)[self.image]
+        whole = torch.minimum(self.budget[self.image], together)
+        share, remainder = whole * size // together.clamp_min(1), whole * size % together.clamp_min(1)
+        same = self.image[:, None] == self.image
+        missing = whole - torch.where(same, share, 0).sum(1)
+        number = torch.arange(len(size), device=size.device)
+        ahead = (remainder > remainder[:, None]) | ((remainder == remainder[:, None]) & (number < number[:, None]))
+        return share + ((ahead & same).sum(1) < missing).long()
+
+    def attention(self, layer: int) -> Tensor:
+        """(I, N) float32, mean over the heads."""
+        attention = self.patches[layer].attention
+        assert attention is not None
+        return attention.float().mean(1)
+
+    def per_slot(self, values: Tensor) -> Tensor:
+        """Values (I, N) by slot of the prompt: (B, S), 0 where no patch is."""
+        return self.any.to_slots(values, *self.view.active.shape)
+
+    def keep(self, kept: Tensor) -> Tensor:
+        """(B, S) bool: text, the patches that stay (I, N), and learnt row ends as far as the budget is not used up."""
+        view, stays = self.view, self.per_slot(kept.float()) > 0
+        if self.budget is not None:
+            used = torch.zeros_like(self.budget).scatter_add(0, self.image, self.valid.sum(1))
+            free = (self.budget - used).clamp_min(0)[self.image_of_slot]
+            ends = view.active_visual & (self.per_slot(self.valid.float()) == 0)
+            before = ends.cumsum(1) - ends.long()
+            first = torch.full_like(self.budget, view.active.shape[1])
+            first = first.scatter_reduce(0, self.image_of_slot[ends], before[ends], "amin")
+            stays = stays | (ends & (before - first[self.image_of_slot] < free))
+        return view.active & (stays | ~view.visual)
+
+
+def states(blocks: Blocks, layer: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What is merged, (I, N, C), and how it becomes states of the language model, (I, M, C) -> (I, M, D).
+
+    Features of the tower before its projector where that is possible, else the visual tokens as they enter.
+    """
+    patches, view = blocks.patches[layer], blocks.view
+    project, features = view.project, patches.features
+    if project is not None and features is not None:
+        return features, lambda x: project(x.to(features.dtype))
+    return view.hidden[patches.rows[:, None], patches.slots.clamp_min(0)], lambda x: x
+
+
+def decide_at_home(
+    blocks: Blocks, kept: Tensor, merged: Tensor, values: Tensor, owner: Tensor, scores: Tensor
+) -> Decision:
+    """Every token that stays lies in its own slot; merged ones overwrite theirs.
+
+    Args:
+        kept: (I, N) bool, with the merged ones.
+        merged: (I, M) long, tokens that are overwritten, -1 for padding.
+        values: (I, M, D).
+        owner: (I, N) long, for every token the token that carries its content, -1 if none does.
+        scores: (I, N) float, for the record.
+    """
+    patches = blocks.any
+    places = torch.arange(1, merged.numel() + 1, device=merged.device).view_as(merged)
+    cell = torch.zeros(len(kept), kept.shape[1] + 1, dtype=torch.long, device=kept.device)
+    cell = cell.scatter(1, torch.where(merged < 0, kept.shape[1], merged), places)[:, :-1]
+    place = blocks.per_slot(cell)
+    slots = listed(place > 0, int((place > 0).sum(1).max()))
+    laid = None
+    if slots.numel():
+        laid = values.flatten(0, 1)[(place.gather(1, slots.clamp_min(0)) - 1).clamp_min(0)]
+    carrier = torch.where(owner < 0, -1, patches.slots.gather(1, owner.clamp_min(0)))
+    keep = blocks.keep(kept)
+    return Decision(
+        keep=keep,
+        slots=None if laid is None else slots,
+        values=laid,
+        origin=_origin(blocks, keep, carrier),
+        scores=blocks.per_slot(scores),
+    )
+
+
+def decide_in_order(
+    blocks: Blocks, homes: Tensor, values: Tensor, key: Tensor, owner: Tensor, scores: Tensor
+) -> Decision:
+    """Contents are laid in an order of their own into the slots of `homes` and, for those without one, freed slots.
+
+    Args:
+        homes: (I, N) bool, tokens whose slots stay.
+        values: (I, M, D), in any order.
+        key: (I, M) long, not negative, the order within the image; -1 for padding.
+        owner: (I, N) long, for every token the column of the content it went into, -1 if none.
+        scores: (I, N) float, for the record.
+
+    Raises:
+        UnsupportedError: there are more contents than slots.
+    """
+    view, patches, valid = blocks.view, blocks.any, blocks.valid
+    wanted = (key >= 0).sum(1)
+    if bool((wanted > valid.sum(1)).any()):
+        raise UnsupportedError("the official code adds more tokens here than it removes; use faithful=False")
+    spare = valid & ~homes
+    homes = homes | (spare & (spare.cumsum(1) <= (wanted - homes.sum(1))[:, None]))
+    keep = view.active & (~view.visual | (blocks.per_slot(homes.float()) > 0))
+    hosts = blocks.per_slot(homes.float()) > 0
+    # By row, then image, then key; images lie one behind the other in a row.
+    block, column = (key >= 0).nonzero(as_tuple=True)
+    order = key[block, column].argsort(stable=True)
+    order = order[blocks.image[block[order]].argsort(stable=True)]
+    block, column = block[order], column[order]
+    row, slot = hosts.nonzero(as_tuple=True)
+    slot_of = torch.full_like(key, -1).index_put((block, column), slot)
+    count = hosts.sum(1)
+    first = count.cumsum(0) - count
+    place = torch.arange(len(row), device=row.device) - first[row]
+    width = int(count.max())
+    slots = torch.full((len(count), width), -1, device=row.device).index_put((row, place), slot)
+    laid = values.new_zeros(len(count), width, values.shape[2]).index_put((row, place), values[block, column])
+    carrier = torch.where(owner < 0, -1, slot_of.gather(1, owner.clamp_min(0)))
+    return Decision(keep, slots, laid, _origin(blocks, keep, carrier), blocks.per_slot(scores))
+
+
+def _origin(blocks: Blocks, keep: Tensor, carrier: Tensor) -> Tensor:
+    """(B, S): slot that carries each slot's content, from (I, N) for the patches; -1 for what is dropped."""
+    view = blocks.view
+    own = torch.arange(view.active.shape[1], device=view.active.device).expand(view.active.shape)
+    laid = blocks.per_slot(torch.where(blocks.valid, carrier + 2, 0))
+    return torch.where(laid > 0, laid - 2, torch.where(view.visual & ~keep, -1, own))

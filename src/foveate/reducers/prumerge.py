@@ -1,0 +1,200 @@
+"""PruMerge and PruMerge+: keep the patches that stand out in the CLS token's attention, merge the others into them.
+
+Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", arXiv 2403.15388 (ICCV 2025).
+Official code: 42Shawn/LLaVA-PruMerge @ 097c0411 (Apache-2.0), `llava/model/multimodal_encoder/clip_encoder.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..ops.fopru import best_tokens
+from ..ops.outliers import upper_outliers
+from ..ops.prumerge import class_attention, evenly_spaced, listed, merge_neighbours, merge_official, official_selection
+from ..reduction import (
+    BEFORE_LAYERS,
+    Budget,
+    Decision,
+    MethodInfo,
+    OptionError,
+    Reducer,
+    UnsupportedError,
+    View,
+    VisionSpec,
+    register,
+)
+from ._images import closed_up
+from ._tower import Blocks, decide_at_home, decide_in_order, feature_layer, states
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["PruMerge", "PruMergePlus"]
+
+
+@register("prumerge", MethodInfo(paper="arXiv 2403.15388", acts="before the LLM", needs="attention of the vision tower"))
+@dataclass
+class PruMerge(Reducer):
+    """Important patches stay; each becomes the attention-weighted mean of itself and the most similar pruned ones.
+
+    Important is what the CLS token attends to (without one: what gets most attention from all patches), in the layer
+    behind the features: the `keep` highest, or, without `keep`, those above the third quartile by more than 1.5
+    interquartile ranges, at least one, so that samples of a batch differ. Similarity is the cosine of that layer's keys.
+    Merged features are projected and lie in the slot of the important patch. Where a visual token is made of several
+    patches (Qwen-VL, InternVL), for which there is no official code, the visual tokens themselves are merged. Tiles of an
+    image are served one by one and share `keep` by their size. Positions are closed up, with M-RoPE kept.
+
+    Mended: outliers are counted in each image, not in the batch; any number of tokens; pruned patches only are merged;
+    weights are normalised (see `merge`); attention is that of the model's own heads; no additional token (see `extra`).
+
+    Args:
+        keep: visual tokens per image (int), or their fraction (float in (0, 1]), merged ones included; exactly as many
+            stay. None: as many as there are outliers.
+        neighbours: patches merged into one, at most.
+        merge: "mean", the paper's weighted average, or "sum" (code): the patch plus the weighted sum of its neighbours.
+        extra: one token of `keep` is the weighted mean of all pruned patches (code), in the slot of the last of them.
+        faithful: the official code: one head over the whole width, outliers counted over the whole batch, kept patches
+            among the neighbours, tokens in descending order of attention, and one more that pools the rest. A fraction
+            `keep` is then the official ratio (int(N * keep) tokens and one more). Where nothing is removed the additional
+            token, a zero, is left out.
+
+    Raises:
+        BudgetError: bad `keep`.
+        OptionError: any other bad option.
+        UnsupportedError: where the official code fails, with `faithful`.
+    """
+
+    keep: int | float | None = None
+    neighbours: int = 32
+    merge: Literal["mean", "sum"] = "mean"
+    extra: bool = False
+    faithful: bool = False
+
+    _plus: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self._budget = None if self.keep is None else Budget(self.keep)
+        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
+            raise OptionError(f"neighbours={self.neighbours!r}: give a number of patches, 0 for pruning alone")
+        if self.merge not in ("mean", "sum"):
+            raise OptionError(f"merge={self.merge!r}: use 'mean' or 'sum'")
+        self.stages = (BEFORE_LAYERS,)
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        self.positions = closed_up(anatomy)
+        self._read_at(feature_layer(anatomy))
+
+    def _read_at(self, features: int) -> None:
+        """Attention and keys come from the layer that the features enter, if there is one."""
+        self._features, self._keys = features, min(features + 1, -1)
+        if self._features == self._keys:
+            self.vision_taps = {self._keys: VisionSpec(key=True, query=True, features=True)}
+        else:
+            self.vision_taps = {
+                self._keys: VisionSpec(key=True, query=True),
+                self._features: VisionSpec(attention=None, features=True),
+            }
+
+    def decide(self, view: View) -> Decision | None:
+        blocks = Blocks.of(view, self._budget)
+        return self._official(blocks) if self.faithful else self._mended(blocks)
+
+    # ----------------------------------------------------------------------------------------------- mended
+    def _choose(self, attention: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Patches that stay (I, N), and in which blocks one more token pools the rest (I,)."""
+        size = blocks.valid.sum(1)
+        outliers = upper_outliers(attention, blocks.valid)
+        total = blocks.shares() if self._budget else self._adaptive(outliers, size) + int(self.extra)
+        pooled = (total < size) & (total > 1) & self.extra
+        wanted = torch.minimum(total, size) - pooled.long()
+        if not self._plus:
+            return best_tokens(attention, blocks.valid, wanted), pooled
+        important = best_tokens(attention, blocks.valid, torch.minimum(outliers, wanted))
+        return important | evenly_spaced(blocks.valid & ~important, wanted - important.sum(1)), pooled
+
+    def _adaptive(self, outliers: Tensor, size: Tensor) -> Tensor:
+        """Tokens that stay without a budget, of `size`: (I,)."""
+        return torch.minimum(outliers.clamp_min(1), size)
+
+    def _mended(self, blocks: Blocks) -> Decision:
+        attention, valid = blocks.attention(self._keys), blocks.valid
+        kept, pooled = self._choose(attention, blocks)
+        pruned = valid & ~kept
+        key = blocks.patches[self._keys].key
+        assert key is not None
+        centres = listed(kept, int(kept.sum(1).max()))
+        x, project = states(blocks, self._features)
+        merged, column = merge_neighbours(
+            x, key.flatten(2), attention, centres, pruned, self.neighbours, self.merge == "mean"
+        )
+        own = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+        owner = torch.where(kept, own, -1)
+        if centres.shape[1]:
+            owner = torch.where(pruned & (column >= 0), centres.gather(1, column.clamp_min(0)), owner)
+        overwritten = torch.where(pruned.any(1, keepdim=True) & bool(self.neighbours), centres, -1)
+        if self.extra:
+            weight = torch.where(pruned, attention.clamp_min(1e-30), 0.0).to(x.dtype)
+            pool = (weight[:, None] @ x) / weight.sum(1).clamp_min(1e-30)[:, None, None]
+            last = torch.where(pruned, own, -1).amax(1)
+            last = torch.where(pooled, last, -1)[:, None]
+            kept = kept | (own == last)
+            owner = torch.where(pruned & ((owner < 0) | (own == last)) & pooled[:, None], last, owner)
+            overwritten, merged = torch.cat([overwritten, last], 1), torch.cat([merged, pool.to(merged.dtype)], 1)
+        return decide_at_home(blocks, kept, overwritten, project(merged), owner, attention)
+
+    # --------------------------------------------------------------------------------------------- official
+    def _official(self, blocks: Blocks) -> Decision:
+        read, valid = blocks.patches[self._keys], blocks.valid
+        assert read.key is not None
+        attention = blocks.attention(self._keys)
+        if read.cls_query is not None and read.cls_key is not None:
+            attention = class_attention(read.cls_query, read.cls_key, read.key)
+        if not bool(valid.all()):
+            raise UnsupportedError("faithful=True serves images of one size without padding; use faithful=False")
+        tokens = valid.shape[1]
+        if self._budget is None:
+            everything = attention.reshape(1, -1)
+            ratio = upper_outliers(everything, torch.ones_like(everything, dtype=torch.bool)).item() / everything.numel()
+        else:
+            share = self._budget.keep
+            ratio = share if isinstance(share, float) else (int(blocks.shares()[0]) - 1 + 1e-6) / tokens
+        try:
+            chosen = official_selection(attention, ratio, self._plus, self._budget is None)
+        except ValueError as error:
+            raise UnsupportedError(f"PruMerge+ with faithful=True: {error}; use faithful=False") from error
+        x, project = states(blocks, self._features)
+        centres, extra = merge_official(x, read.key.flatten(2), attention, chosen, self.neighbours)
+        homes = torch.zeros_like(valid).scatter(1, chosen, True)
+        values = torch.cat([centres, extra], 1) if chosen.shape[1] < tokens else centres
+        count = values.shape[1]
+        key = torch.arange(valid.shape[0] * count, device=valid.device).view(-1, count)
+        column = torch.arange(chosen.shape[1], device=valid.device).expand_as(chosen)
+        owner = torch.full_like(valid, count - 1, dtype=torch.long).scatter(1, chosen, column)
+        return decide_in_order(blocks, homes, project(values), key, owner, attention)
+
+
+@register("prumerge+", MethodInfo(paper="arXiv 2403.15388", acts="before the LLM", needs="attention of the vision tower"))
+@dataclass
+class PruMergePlus(PruMerge):
+    """PruMerge whose important patches are joined by evenly spaced ones, so that no part of the image is lost.
+
+    Without `keep` there are three spatial samples for each outlier (the official grid has about as many), so about four
+    times as many tokens stay as with `PruMerge`. With `keep` the outliers stay, the most attended ones if there are too
+    many, and spatial samples fill the budget exactly. Samples are spaced evenly over the other patches, row by row.
+
+    Mended: any number of tokens and of images; no outlier at all (spatial samples alone, a 16th of the patches), and
+    shares above a sixth (where the official grid has every patch) or a third (where it fails).
+
+    Everything else, options included, is as in `PruMerge`. With `faithful` and a fixed `keep` the grid may name important
+    patches again, which then are there twice, as in the official code.
+    """
+
+    _plus: ClassVar[bool] = True
+
+    def _adaptive(self, outliers: Tensor, size: Tensor) -> Tensor:
+        wanted = torch.where(outliers > 0, 4 * outliers, (size / 16).ceil().long())
+        return torch.minimum(wanted.clamp_min(1), size)

@@ -1,0 +1,257 @@
+"""How well each patch goes with the question: scorers for Recoverable Compression and CDPruner.
+
+A scorer is a function of the view that returns the similarity (B, S) of every slot to the question, higher is better;
+only slots of patches are looked at. Those here need nothing (`llm_similarity`) or a companion, a small model that was
+trained on pairs of images and texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from ..reduction import OptionError, UnsupportedError, View
+
+if TYPE_CHECKING:
+    from ..engine.anatomy import Anatomy
+
+__all__ = ["CompanionSimilarity", "Question", "Scorer", "choose_scorer", "llm_similarity", "questions"]
+
+Scorer = Callable[[View], Tensor]
+Question = str | Sequence[str] | Callable[[View], Sequence[str]]
+
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_PIXELS = {"siglip_vision_model": _HALF, "siglip": _HALF, "internvl_vision": _IMAGENET}
+"""Mean and deviation with which a tower's pixels are normalised, by its model type; CLIP's for all others."""
+_TURN_END = re.compile(r"\s*(?:<[^<>\s]+>\s*)*\b(?:ASSISTANT|assistant|model)\s*:?\s*$")
+
+
+# ------------------------------------------------------------------------------------------------ without companion
+def llm_similarity(view: View) -> Tensor:
+    """Mean cosine of each slot to the embeddings of the words after the last image: (B, S) float32.
+
+    Where no words follow, all words of the row are meant. Only before layer 0, where `view.hidden` holds embeddings.
+    """
+    units = normalize(view.hidden.float(), dim=-1)
+    question = _asked(view)[:, None].float() @ units
+    return (units @ question.transpose(1, 2))[..., 0] / _asked(view).sum(1, keepdim=True).clamp_min(1)
+
+
+def _asked(view: View) -> Tensor:
+    """Words after the last image, or all where none follow: (B, S) bool."""
+    words = view.tokens & ~view.visual
+    slots = torch.arange(words.shape[1], device=words.device)
+    after = words & (slots > (view.visual * slots).amax(1, keepdim=True))
+    return torch.where(after.any(1, keepdim=True), after, words)
+
+
+# ------------------------------------------------------------------------------------------------------ the question
+def questions(view: View, question: Question | None, tokenizer: Any, official: bool = False) -> list[str]:
+    """The question of each row.
+
+    Args:
+        view: its `info["input_ids"]` are decoded where `question` is not given.
+        question: one for all rows, one for each, or a function of the view.
+        tokenizer: of the language model.
+        official: decode all words and take the first line, as banjiuyufen/Recoverable-Compression @ d9275944 does; in
+            LLaVA's prompt that is the system prompt.
+
+    Raises:
+        OptionError: neither is given, or the number of questions is not that of the rows.
+        UnsupportedError: the model was called without `input_ids`.
+    """
+    rows = view.active.shape[0]
+    if question is not None:
+        asked = question(view) if callable(question) else question
+        found = [asked] * rows if isinstance(asked, str) else list(asked)
+        if len(found) != rows:
+            raise OptionError(f"question= gives {len(found)} questions for {rows} rows")
+        return found
+    if tokenizer is None:
+        raise OptionError("the question must be known: give tokenizer= (the language model's) or question=")
+    ids = view.info.get("input_ids")
+    if ids is None:
+        raise UnsupportedError("the model was called without input_ids, so the question cannot be read; give question=")
+    ids = ids[:, : view.active.shape[1]]
+    words = view.tokens & ~view.visual if official else _asked(view)
+    texts = [
+        tokenizer.decode(row[mask.to(row.device)], skip_special_tokens=True) for row, mask in zip(ids, words, strict=True)
+    ]
+    if official:
+        return [text.split("\n")[0] for text in texts]
+    return [_TURN_END.sub("", text).strip() for text in texts]
+
+
+# -------------------------------------------------------------------------------------------------------- companions
+@dataclass
+class CompanionSimilarity:
+    """Cosine of each patch to the question in the space of a CLIP or SigLIP companion.
+
+    The companion sees the same pixels, resized to its own resolution; its patches are projected like its image
+    embedding (CLIP: last norm and projection; SigLIP, which has no projection of single patches: last norm), compared
+    with the text embedding, and laid onto the grid of the model's tokens.
+
+    Args:
+        companion: hub id, local folder, or (model, tokenizer). Loaded when the method is applied.
+        question, tokenizer: see `questions`.
+        kind: "clip" or "siglip".
+        official: as banjiuyufen/Recoverable-Compression @ d9275944: first line of the prompt, state of the last place of
+            the padded text, patches without the last norm, cosine / sqrt(width).
+
+    Raises:
+        OptionError: no question can be known; when applied, the companion cannot be loaded or is of another kind.
+        UnsupportedError: when used, the images cannot be shown to the companion.
+    """
+
+    companion: Any
+    question: Question | None = None
+    tokenizer: Any = None
+    kind: str = "clip"
+    official: bool = False
+    _model: Any = field(default=None, init=False, repr=False, compare=False)
+    _words: Any = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.question is None and self.tokenizer is None:
+            raise OptionError(
+                f"{self.kind}= must read the question: give tokenizer= (the language model's) or question="
+            )
+        if not isinstance(self.companion, str) and not (isinstance(self.companion, tuple) and len(self.companion) == 2):
+            if not hasattr(self.companion, "__fspath__"):
+                raise OptionError(f"{self.kind}= takes a hub id, a folder, or (model, tokenizer)")
+
+    def prepare(self, anatomy: Anatomy) -> None:
+        """Load the companion and put it beside the model."""
+        if self._model is None:
+            self._model, self._words = self.companion if isinstance(self.companion, tuple) else self._load()
+            if not (hasattr(self._model, "text_model") and hasattr(self._model, "vision_model")):
+                raise OptionError(f"{self.kind}={type(self._model).__name__}: a CLIPModel or SiglipModel is needed")
+        self._model = self._model.to(anatomy.model.device).eval()
+        self._normalised = _PIXELS.get(getattr(anatomy.vision_config, "model_type", ""), _CLIP)
+
+    def _load(self) -> tuple[Any, Any]:
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            return AutoModel.from_pretrained(self.companion), AutoTokenizer.from_pretrained(self.companion)
+        except (OSError, ValueError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise OptionError(f"{self.kind}={str(self.companion)!r} cannot be loaded: {first}") from error
+
+    @torch.no_grad()
+    def __call__(self, view: View) -> Tensor:
+        text = self._encode(questions(view, self.question, self.tokenizer, self.official), view.active.device)
+        layout = view.layout
+        blocks = [(im.row, b) for row in layout.images for im in row for b in im.blocks] if layout else []
+        pictures = _pictures(view.info, len(blocks))
+        seen = self._patches(pictures.to(text.device))
+        side = int(seen.shape[1] ** 0.5)
+        out = torch.zeros(view.active.shape, device=text.device)
+        for number, (row, block) in enumerate(blocks):
+            cosines = (seen[number] @ text[row]).view(1, 1, side, side)
+            if (side, side) != tuple(block.grid):
+                cosines = interpolate(cosines, size=block.grid, mode="bilinear", align_corners=False, antialias=True)
+            out[row, block.slots.to(out.device)] = cosines.flatten()
+        return out / seen.shape[2] ** 0.5 if self.official else out
+
+    def _encode(self, texts: list[str], device: torch.device) -> Tensor:
+        longest = self._model.config.text_config.max_position_embeddings
+        words = self._words(
+            texts, return_tensors="pt", truncation=True, max_length=longest,
+            padding="max_length" if self.official or self.kind == "siglip" else True,
+        )  # fmt: skip
+        accepted = {name: words[name].to(device) for name in ("input_ids", "attention_mask") if name in words}
+        if self.official:
+            states = self._model.text_model(input_ids=accepted["input_ids"]).last_hidden_state[:, -1]
+            return normalize(self._model.text_projection(states).float(), dim=-1)
+        if self.kind == "siglip":  # trained on padded texts without a mask
+            accepted.pop("attention_mask", None)
+        pooled = self._model.text_model(**accepted).pooler_output
+        projection = getattr(self._model, "text_projection", None)
+        return normalize((pooled if projection is None else projection(pooled)).float(), dim=-1)
+
+    def _patches(self, pictures: Tensor) -> Tensor:
+        """Unit vectors of the patches: (I, n, C)."""
+        tower, config = self._model.vision_model, self._model.config.vision_config
+        (mean, deviation), (to_mean, to_deviation) = self._normalised, _HALF if self.kind == "siglip" else _CLIP
+        pixels = pictures.float()
+        if (mean, deviation) != (to_mean, to_deviation):
+            shape = lambda x: torch.tensor(x, device=pixels.device).view(3, 1, 1)  # noqa: E731
+            pixels = (pixels * shape(deviation) + shape(mean) - shape(to_mean)) / shape(to_deviation)
+        size = (config.image_size, config.image_size)
+        if tuple(pixels.shape[-2:]) != size:
+            pixels = interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
+        pixels = pixels.to(next(tower.parameters()).dtype)
+        # CLIP's last hidden state is not normalised yet, SigLIP's is.
+        states = tower(pixel_values=pixels).last_hidden_state
+        if self.kind == "clip":
+            states = states[:, 1:] if self.official else tower.post_layernorm(states[:, 1:])
+            states = self._model.visual_projection(states)
+        return normalize(states.float(), dim=-1)
+
+
+def _pictures(info: dict[str, Any], blocks: int) -> Tensor:
+    """The pixels of every block, (blocks, 3, H, W)."""
+    pixels = info.get("pixel_values")
+    if pixels is None:
+        raise UnsupportedError("a companion must see the image: give pixel_values, not image features")
+    grids = info.get("image_grid_thw")
+    if isinstance(pixels, Tensor) and pixels.dim() == 5:  # padded with empty tiles or images
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[pixels.flatten(1).any(1)] if len(pixels) != blocks else pixels
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or len(pixels) != blocks or grids is not None:
+        shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise UnsupportedError(
+            f"pixels of shape {shape} cannot be shown to a companion as {blocks} pictures; "
+            "use similarity='llm' or a function of the view"
+        )
+    return pixels
+
+
+# ----------------------------------------------------------------------------------------------------------- choosing
+def choose_scorer(
+    similarity: str | Scorer | None,
+    clip: Any,
+    siglip: Any,
+    question: Question | None,
+    tokenizer: Any,
+    official: bool = False,
+) -> Scorer:
+    """The scorer that the options of a method name.
+
+    Args:
+        similarity: "clip", "siglip", "llm", a function of the view; None: the companion that is given, else "llm".
+        clip, siglip: a companion.
+        question, tokenizer: see `questions`.
+        official: see `CompanionSimilarity`.
+
+    Raises:
+        OptionError: the options contradict each other, or something is missing.
+    """
+    if callable(similarity):
+        return similarity
+    if clip is not None and siglip is not None:
+        raise OptionError("clip= and siglip=: give one companion")
+    if similarity is None:
+        similarity = "clip" if clip is not None else "siglip" if siglip is not None else "llm"
+    if similarity not in ("clip", "siglip", "llm"):
+        raise OptionError(f"similarity={similarity!r}: use 'clip', 'siglip', 'llm' or a function of the view")
+    if similarity == "llm":
+        if clip is not None or siglip is not None:
+            raise OptionError("similarity='llm' needs no companion; leave clip= and siglip= out")
+        return llm_similarity
+    companion = clip if similarity == "clip" else siglip
+    if companion is None:
+        raise OptionError(
+            f"similarity={similarity!r} needs a companion: {similarity}= a hub id, a folder or (model, tokenizer); "
+            "or similarity='llm', which needs none"
+        )
+    return CompanionSimilarity(companion, question, tokenizer, similarity, official)

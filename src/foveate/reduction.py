@@ -310,6 +310,8 @@ class Reducer:
     taps: Mapping[int, TapSpec] = {}
     vision_taps: Mapping[int, VisionSpec] = {}
     """What to read in the vision tower, by attention layer; negative layers count from the end."""
+    tower: Any = None
+    """How the vision tower works on fewer tokens (`MergeSpec` or `ShrinkSpec` of `engine.tower`), None: it does not."""
     positions: Positions = "keep"
 
     name: ClassVar[str] = ""

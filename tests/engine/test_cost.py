@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as hf
-from torch.nn.functional import pad
-
-import foveate
-from foveate.reduction import TapSpec
 from tests.families import DECODER, FAMILIES, N_LAYERS, inputs, spread_weights
 from tests.reference.checks import build_once
 from tests.reference.meters import Syncs, flops, peak_memory
 from tests.reference.plans import Fixed, KeepAll, TopOfLast, Watch, draw_removed
+from torch.nn.functional import pad
+
+import foveate
+from foveate.reduction import TapSpec
 
 LENGTH, VISUAL = 600, slice(20, 580)
 COUNTS = {0: 300, 2: 100, 4: 0}
@@ -120,7 +120,7 @@ def test_peak_memory_falls_when_the_first_layer_is_short():
 @pytest.mark.parametrize("taps", [{}, {1: TapSpec("last")}, {1: TapSpec("text_after")}], ids=["no tap", "last", "text"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES])
 def test_the_host_waits_once_per_stage_and_never_while_decoding(name: str, taps: dict[int, TapSpec]):
-    """Once per stage for how many tokens stay, once per tap for how many rows it reads, once for "is there an image?"."""
+    """Once per stage (how many tokens stay?), once per tap (how many rows?), once more (is there an image?)."""
     model = build_once(name)
     prompt = inputs(name, model)
     reducer = Watch(draw_removed(prompt["input_ids"], {-1: [9, 9], 1: [4, 7], 3: [2, 0]}), taps)

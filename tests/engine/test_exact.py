@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-import foveate
 from tests.families import FAMILIES, IMAGE_TOKEN, inputs, token_types, visual_slots
 from tests.reference.checks import TOLERANCE, assert_exact, build_once, footprint, generate, greedy, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, KeepAll, Watch, all_removed, draw_removed
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import foveate
 
 CASES = [
     pytest.param((name, impl), id=f"{name}-{impl}", marks=pytest.mark.xdist_group(name))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import foveate
-from foveate.reduction import TapSpec
 from tests.families import inputs
 from tests.reference.checks import TOLERANCE, build_once, footprint, greedy, largest
 from tests.reference.flash import pretend_flash
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, Watch, all_removed, draw_removed
+
+import foveate
+from foveate.reduction import TapSpec
 
 # Gemma's and PaliGemma's bidirectional masks do not exist under FlashAttention, in transformers itself.
 CAUSAL = [

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine import test_exact, test_outputs, test_taps
+from tests.families import inputs
+from tests.reference.checks import assert_exact, build_once
+from tests.reference.plans import draw_removed
 from torch import Tensor
 
 import foveate
 from foveate.engine import cache, forward, frame, masks, taps
 from foveate.engine.session import Session
 from foveate.reduction import TapSpec
-from tests.engine import test_exact, test_outputs, test_taps
-from tests.families import inputs
-from tests.reference.checks import assert_exact, build_once
-from tests.reference.plans import draw_removed
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-import foveate
 from tests.families import FAMILIES, N_LAYERS, inputs, visual_slots
 from tests.reference.checks import TOLERANCE, build_once, footprint, greedy, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, all_removed, draw_removed
+from torch import Tensor, nn
+
+import foveate
 
 COUNTS = {-1: [8, 9], 1: [4, 7], 3: [2, 0]}
 BY_FAMILY = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES]

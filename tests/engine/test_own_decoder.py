@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-
-import foveate
 from tests.families import DECODER, spread_weights
 from tests.reference.checks import STEPS, TOLERANCE, footprint, greedy, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, KeepAll, TopOfLast
+
+import foveate
 
 DECODERS = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)),

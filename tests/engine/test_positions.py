@@ -1,18 +1,18 @@
-"""Three ways to number what is left: as it was ("keep"), as if the rest had never been ("compact"), per layer ("renumber")."""
+"""Three ways to number what is left: as it was, as if the rest had never been, or by what each layer stores."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-import foveate
 from tests.families import inputs
 from tests.reference.checks import STEPS, TOLERANCE, build_once, greedy, greedy_by_hand, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, draw_removed
 from tests.reference.renumbered import decoder_inputs, renumbered_greedy, shorter_prompt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import foveate
 
 ONE_AXIS = ["llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "vipllava"]
 PREFIX_MASK = ["gemma3", "paligemma"]

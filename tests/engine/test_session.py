@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as hf
+from tests.families import DECODER, inputs, visual_slots
+from tests.reference.checks import build_once, footprint
+from tests.reference.plans import Fixed, KeepAll, draw_removed
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import foveate
 from foveate.reduction import Decision, Reducer, View
-from tests.families import DECODER, inputs, visual_slots
-from tests.reference.checks import build_once, footprint
-from tests.reference.plans import Fixed, KeepAll, draw_removed
 
 NAMES = ["llava", "qwen3_vl", "gemma3_window", "idefics3", "mistral3"]
 COUNTS = {-1: [8, 9], 1: [4, 7], 3: [2, 0]}

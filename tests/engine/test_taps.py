@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import foveate
-from foveate.reduction import Tap, TapSpec, View, VisionSpec
 from tests.families import FAMILIES, inputs, visual_slots
 from tests.reference.checks import build_once, footprint, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Watch, all_removed, draw_removed
+from torch import Tensor
+
+import foveate
+from foveate.reduction import Tap, TapSpec, View, VisionSpec
 
 COUNTS = {1: [7, 9], 3: [4, 2]}
 """The tap in layer 1 reads before, the one in layer 3 after a ragged removal."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import foveate
-from foveate.reduction import Decision, Reducer, View
 from tests.families import N_LAYERS, inputs, visual_slots
 from tests.reference.checks import build_once
 from tests.reference.plans import Fixed, KeepAll, draw_removed
+
+import foveate
+from foveate.reduction import Decision, Reducer, View
 
 COUNTS = {0: [9, 11], 2: [6, 3], 4: [0, 0]}
 

@@ -1,4 +1,4 @@
-"""The many ways to call a model: loops by hand, no cache, embeddings, several images, videos, several turns, bfloat16."""
+"""The many ways to call a model: loops by hand, no cache, embeddings, many images, videos, several turns, bfloat16."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
-
-import foveate
-from foveate.reduction import TapSpec
 from tests.families import FAMILIES, IMAGE_END, IMAGE_START, IMAGE_TOKEN, VIDEO_TOKEN, inputs, token_types, visual_slots
 from tests.reference.checks import (
     TOLERANCE,
@@ -27,6 +21,12 @@ from tests.reference.checks import (
 )
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, TopOfLast, Watch, all_removed, draw_removed
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+import foveate
+from foveate.reduction import TapSpec
 
 COUNTS = {-1: [8, 9], 1: [4, 7], 3: [2, 0]}
 NO_PLACEHOLDER = {"suppress_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]}

@@ -199,9 +199,7 @@ def _cluster(golden: Golden) -> None:
     tokens, count = golden["x"], golden["cluster_num"]
     valid = torch.ones(tokens.shape[:2], dtype=torch.bool)
     counts = count.expand(len(tokens))
-    found = density_peaks.density_peaks(
-        tokens, valid, counts, int(count), noise=golden["noise_uniform"], guarded=False
-    )
+    found = density_peaks.density_peaks(tokens, valid, counts, int(count), noise=golden["noise_uniform"], guarded=False)
     golden.compare("density", found.density, atol=1e-5)
     golden.compare("delta", found.delta, atol=1e-4)
     golden.compare("score", found.score, atol=1e-4)

@@ -97,7 +97,7 @@ def assert_exact(
     reference: AbstractContextManager | None = None,
     tolerance: float = TOLERANCE,
 ) -> foveate.Trace:
-    """The engine computes what the masked reference computes, in the prefill and in ten greedy steps; and leaves no trace.
+    """The engine computes what the masked reference computes, in the prefill and in ten greedy steps, and then is gone.
 
     Args:
         model: unpatched.
@@ -156,7 +156,7 @@ _OWN_MEMORY = ("rope_deltas", "_cache", "_previous_max_cache_length")
 
 
 def footprint(model: nn.Module) -> dict[str, Any]:
-    """Everything a patch could leave behind: instance attributes (by identity), hooks and configurations of all modules."""
+    """Everything a patch could leave behind: instance attributes (by identity), hooks, configurations of modules."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[name] = (

@@ -14,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Syncs", "flops", "peak_memory"]
 
-_WAITING = {
-    "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave", "unique_dim", "_unique2",
-}  # fmt: skip
+_WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave", "_unique2"}
 """Operations whose result, or its shape, the host must wait for."""
 _BY_HAND = ("tolist", "cpu", "numpy", "__array__")
 """Methods that copy to the host without an operation of their own on a CPU."""

@@ -22,7 +22,7 @@ _BUDGETS = (0.5, 0.33, 0.2)
 
 
 def demo(
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Questions per data set.")] = 200,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Questions per data set.")] = 160,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of pictures and results.json.")] = Path(
         "demo"
     ),
@@ -85,16 +85,17 @@ def demo(
     write_json(out / "results.json", result)
     write_json(json, result)
     say()
-    say("budget: mean share of the visual tokens that enter a decoder layer, the same for every method;")
-    say("visual tokens: that mean as it came out. FLOPs: decoder prefill against the full model. KV: cache of one")
-    say("sample after the prefill. prefill: median for a batch of 16, vision tower included, methods in turns.")
+    say("budget: share of the visual tokens, averaged over the layers: of those that enter a layer for random, FastV")
+    say("and VTW, of those left after it for SparseVLM, as its paper counts. visual tokens: mean that entered a layer.")
+    say("FLOPs: decoder prefill against the full model. KV: cache of one sample after the prefill. prefill: median for")
+    say("a batch (of 16, given enough samples), vision tower included, methods in turns.")
     worst = max((r * (1 - r) / samples) ** 0.5 for row in rows for r in row.accuracy_by_data.values())
     say(f"Each accuracy is over {samples} questions: differences below about {2.8 * worst:.2f} are noise.")
     say(f"{time.perf_counter() - start:.0f} s. Pictures: {', '.join(str(out / name) for name in pictures)}")
 
 
 def _contestants() -> Iterator[Any]:
-    """Every method at the same mean number of visual tokens per layer, so that a row compares with its neighbours."""
+    """Every method at the same budget over all layers, so that a row compares with its neighbours."""
     from ..evaluate.compare import Contestant
 
     # The model has 6 layers; a budget over all layers leaves FastV the first one only.
@@ -123,9 +124,7 @@ def _pictures(vlm: Any, questions: Any) -> dict[str, Any]:
     first = rows[0]
     sparse = next(cell for cell in first.cells if cell.method == "sparsevlm")
     return {
-        "kept.png": sheet(
-            rows, f"What each method keeps when {budget:.0%} of the visual tokens enter a layer on average"
-        ),
+        "kept.png": sheet(rows, f"What each method keeps at a budget of {budget:.0%} of the visual tokens"),
         "stages.png": overlay(
             first.image,
             sparse.trace,

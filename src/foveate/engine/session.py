@@ -20,6 +20,7 @@ from .cache import LogicalLayer, check_cache
 from .forward import ForwardPass
 from .layout import build_layout
 from .taps import AttentionTap
+from .tower import TowerReduction
 from .trace import Trace
 from .vision import VisionReader
 
@@ -82,6 +83,7 @@ class Session:
         self._features: dict[str, Any] = {}
         self._encoding = False
         self._vision: VisionReader | None = None
+        self._tower: TowerReduction | None = None
         self._installed = False
         try:
             self._install()
@@ -105,6 +107,9 @@ class Session:
             module.__dict__.pop(name, None)
         if self._vision is not None:
             self._vision.remove()
+        if self._tower is not None:
+            self._tower.remove()
+            self._tower = None
         self._handles, self._taps, self._patched = [], [], []
         self._pass, self._features, self._called, self._vision = None, {}, {}, None
         if self._installed:
@@ -133,6 +138,9 @@ class Session:
         if self.reducer.vision_taps:
             self._vision = VisionReader(parts, dict(self.reducer.vision_taps))
             self._vision.install()
+        tower = getattr(self.reducer, "tower", None)
+        if tower is not None and parts.vision is not None:
+            self._tower = TowerReduction(parts.vision, tower, parts.vision_layer).install()
         self._patch(parts.model, "generate", self._watch_generate)
         self._patch(parts.base, "get_placeholder_mask", self._watch_placeholders)
         for name in ("get_image_features", "get_video_features"):
@@ -179,6 +187,8 @@ class Session:
                 return get_features(*args, **kwargs)
             if self._vision is not None:
                 self._vision.clear()
+            if self._tower is not None:
+                self._tower.clear()
             self._encoding = True
             try:
                 features = get_features(*args, **kwargs)
@@ -236,6 +246,8 @@ class Session:
         check_cache(cache)
         visual = visual.to(inputs.device)
         info = {**self._features, **{name: value for name, value in self._called.items() if value is not None}}
+        if self._tower is not None:
+            info["tower_groups"] = self._tower.groups(self.anatomy, visual, info)
         self._pass = ForwardPass(
             self.anatomy, self.reducer, rows, length, past, self._tokens(kwargs, rows, length, inputs.device), visual,
             build_layout(self.anatomy, visual, info), info, self._vision, cache, self._exclusive,

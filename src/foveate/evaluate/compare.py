@@ -143,7 +143,7 @@ def compare(
     """Accuracy and cost of every contestant, the full model first.
 
     Every batch is answered by the full model and then by each contestant; so all see the same rows in the same company.
-    Prefill times are taken afterwards on some of the full-sized batches (`prefill_times`).
+    Prefill times are taken afterwards on the largest batches (`prefill_times`).
 
     Args:
         data: samples by the name of their data set.
@@ -159,8 +159,7 @@ def compare(
     timed: list[Batch] = []
     done = 0
     for batch in batches(vlm, samples, batch_size):
-        if len(batch.indices) == batch_size and len(timed) < timing_batches:
-            timed.append(batch)
+        timed = sorted([*timed, batch], key=lambda each: -len(each.indices))[:timing_batches]
         full_log_probs = None
         for contestant, tally in zip(everyone, tallies, strict=True):
             with apply(vlm.model, contestant.reducer or _Nothing()) as session:

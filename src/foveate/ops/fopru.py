@@ -22,11 +22,12 @@ def given_and_received(
         block: queries at a time; never N x N.
 
     Returns:
-        given: (I, N), mean over the keys for each query; received: (I, N), mean over the queries for each key. Heads are
+        given: (I, N), mean over the keys for each query; received: (I, N), mean over the queries for each key. Heads
+            are
         averaged.
     """
     keys = torch.cat([cls_key[:, None], key], 1).float().permute(0, 2, 3, 1)
-    given, received = [], 0.0
+    given, received = [], keys.new_zeros(len(key), key.shape[1])
     for part in query.float().transpose(1, 2).split(block, 2):
         weights = (part @ keys * scaling).softmax(-1).mean(1)[..., 1:]
         given.append(weights.mean(2))

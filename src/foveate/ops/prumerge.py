@@ -11,6 +11,7 @@ __all__ = [
     "complement",
     "evenly_spaced",
     "listed",
+    "marked",
     "merge_neighbours",
     "merge_official",
     "nearest_neighbours",
@@ -44,7 +45,7 @@ def class_attention(cls_query: Tensor, cls_key: Tensor, key: Tensor) -> Tensor:
 
 
 def ranked(scores: Tensor, valid: Tensor) -> Tensor:
-    """Indices from the highest to the lowest score, (I, N); ties go to the lower index, what is not valid comes last."""
+    """Indices by falling score, (I, N); ties go to the lower index, what is not valid comes last."""
     return scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
@@ -52,6 +53,12 @@ def listed(mask: Tensor, most: int) -> Tensor:
     """Indices of the True entries of (I, N) in ascending order: (I, most) long, padded with -1."""
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return torch.where(mask.gather(1, order), order, -1)
+
+
+def marked(index: Tensor, tokens: int) -> Tensor:
+    """Mask (I, tokens) of the tokens listed in (I, M); -1 is padding."""
+    mask = torch.zeros(index.shape[0], tokens + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter(1, torch.where(index < 0, tokens, index), True)[:, :tokens]
 
 
 def evenly_spaced(eligible: Tensor, counts: Tensor) -> Tensor:
@@ -149,7 +156,7 @@ def nearest_neighbours(
 
 
 def weighted_sum(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Sum over k of `weights` (I, S, k) times the rows `index` (I, S, k) of x (I, N, C): (I, S, C), never (I, S, k, C)."""
+    """Sum over k of `weights` (I, S, k) times the rows `index` (I, S, k) of x (I, N, C): (I, S, C)."""
     samples, tokens, width = x.shape
     if not index.numel():
         return x.new_zeros(*index.shape[:2], width)
@@ -221,7 +228,8 @@ def merge_neighbours(
         centres: (I, S) long, -1 for padding.
         candidates: (I, N) bool, tokens that may be merged.
         neighbours: at most this many to a centre; a candidate may go to several.
-        mean: attention-weighted mean of centre and neighbours. False: the centre plus the weighted sum of the neighbours.
+        mean: attention-weighted mean of centre and neighbours. False: the centre plus the weighted sum of the
+            neighbours.
         bonus: (I, N) added to the cosine of the keys.
 
     Returns:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .fopru import best_tokens
 from .outliers import count_outliers
-from .prumerge import listed, merge_neighbours, ranked
+from .prumerge import listed, marked, merge_neighbours, ranked
 
 __all__ = ["Recovery", "apportion", "merge_rest", "merge_rest_official", "recover", "recover_faithful"]
 
@@ -67,12 +67,17 @@ def _centres(attention: Tensor, rest: Tensor, counts: Tensor) -> Tensor:
 
 
 def recover(
-    attention: Tensor, similarity: Tensor, valid: Tensor, budget: Tensor | None = None, filter_k: int = 20, rest_k: int = 10
+    attention: Tensor,
+    similarity: Tensor,
+    valid: Tensor,
+    budget: Tensor | None = None,
+    filter_k: int = 20,
+    rest_k: int = 10,
 ) -> Recovery:
     """Visual filter, text recovery, secondary recovery.
 
-    Each step keeps as many of the best tokens of what is left as there are local outliers: by attention of the CLS token,
-    by similarity to the question, and again by attention, for the centres of the clusters.
+    Each step keeps as many of the best tokens of what is left as there are local outliers: by attention of the CLS
+    token, by similarity to the question, and again by attention, for the centres of the clusters.
 
     Args:
         attention, similarity: (I, N) float.
@@ -100,8 +105,9 @@ def recover(
     left = valid & ~visual
     text = best_tokens(similarity, left, counts[:, 1])
     centres = _centres(attention, left & ~text, counts[:, 2])
-    ratios = [count.double() / tokens.clamp_min(1) for count in (found_visual, found_text)]
-    return Recovery(visual, text, centres, pooled, *ratios, found_rest.double() / rest.sum(1).clamp_min(1))
+    every = tokens.clamp_min(1).double()
+    rest_ratio = found_rest / rest.sum(1).clamp_min(1).double()
+    return Recovery(visual, text, centres, pooled, found_visual / every, found_text / every, rest_ratio)
 
 
 def recover_faithful(attention: Tensor, similarity: Tensor, width: int, variant: str = "default") -> Recovery:
@@ -139,8 +145,8 @@ def merge_rest_official(
 ) -> tuple[Tensor, Tensor]:
     """Centres plus the attention-weighted sum of their neighbours in the rest; the rest without the centres, pooled.
 
-    As in the official code, the keys of the first |rest| patches stand for the keys of the rest, a neighbour's similarity
-    to the question counts 50 times, and other centres are neighbours too.
+    As in the official code, the keys of the first |rest| patches stand for the keys of the rest, a neighbour's
+    similarity to the question counts 50 times, and other centres are neighbours too.
 
     Args:
         x: (I, N, C).  key: (I, N, K).  attention, similarity: (I, N).
@@ -190,13 +196,9 @@ def merge_rest(
         the extra token alone, -1 for all others.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    last = valid.shape[1]
-    centre = torch.zeros(len(x), last + 1, dtype=torch.bool, device=x.device)
-    centre = centre.scatter(1, torch.where(found.centres < 0, last, found.centres), True)[:, :last]
+    centre = marked(found.centres, valid.shape[1])
     rest = valid & ~found.main & ~centre
-    merged, owner = merge_neighbours(
-        x, key, attention, found.centres, rest, neighbours, True, text_weight * similarity
-    )
+    merged, owner = merge_neighbours(x, key, attention, found.centres, rest, neighbours, True, text_weight * similarity)
     weights = torch.where(rest, attention.to(x.dtype).clamp_min(1e-30), 0.0)
     extra = (weights[:, None] @ x) / weights.sum(1).clamp_min(1e-30)[:, None, None]
     owner = torch.where(rest & (owner < 0) & found.pooled[:, None], found.centres.shape[1], owner)

@@ -86,7 +86,8 @@ def mosaic_order(dominant: Tensor, tokens: int, width: int, height: int, side: i
 
     Args:
         dominant: (n, D) patches of each tile plus 1, 0 for the CLS token, in any order.
-        tokens: per tile, D plus the contextual ones; each tile has its CLS token, its patches ascending, the contextual.
+        tokens: per tile, D plus the contextual ones; each tile has its CLS token, its patches ascending, the
+            contextual.
         width, height: of the mosaic, in tiles; n = width * height, row-major.
         side: of a tile, in patches.
 

@@ -14,9 +14,10 @@ _LARGEST_MATRIX = 4096
 
 def _pairs(units: Tensor, cosines: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Cosines of the tokens `left` (I, a) and `right` (I, b): (I, a, b)."""
-    sample = torch.arange(len(units), device=units.device)[:, None]
     if cosines is not None:
-        return cosines[sample[..., None], left[:, :, None], right[:, None]]
+        cells = (left[:, :, None] * units.shape[1] + right[:, None]).flatten(1)
+        return cosines.flatten(1).gather(1, cells).view(*left.shape, right.shape[1])
+    sample = torch.arange(len(units), device=units.device)[:, None]
     return units[sample, left] @ units[sample, right].transpose(1, 2)
 
 
@@ -48,9 +49,11 @@ def remove_duplicates(
             tokens to remove: the official code fails.
     """
     samples, tokens = features.shape[:2]
+    have, then = counts.tolist(), wanted.tolist()
+    if not any(then):
+        return torch.zeros(samples, tokens, dtype=torch.bool, device=features.device)
     units = normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     cosines = units @ units.transpose(1, 2) if tokens <= _LARGEST_MATRIX else None
-    have, then = counts.tolist(), wanted.tolist()
     order = torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, tokens)
     while any(n > w for n, w in zip(have, then)):
         gone = [min(per_round, n - w, (n + 1) // 2) if n > w else 0 for n, w in zip(have, then)]

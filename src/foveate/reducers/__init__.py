@@ -1,8 +1,41 @@
 """What to drop: one module per published method. Importing this package registers all of them."""
 
+from .cdpruner import CDPruner
+from .chain import Chain
+from .dart import DART
+from .divprune import DivPrune
 from .fastv import FastV
+from .fopru import FoPru
+from .pitome import PiToMe
+from .pooling import AveragePool, Downsample
+from .prumerge import PruMerge, PruMergePlus
+from .pyramiddrop import PyramidDrop
 from .random import Random
+from .recoverable import Recoverable
 from .sparsevlm import SparseVLM
+from .tome import ToMe
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 from .vtw import VTW
 
-__all__ = ["VTW", "FastV", "Random", "SparseVLM"]
+__all__ = [
+    "DART",
+    "VTW",
+    "AveragePool",
+    "CDPruner",
+    "Chain",
+    "DivPrune",
+    "Downsample",
+    "FastV",
+    "FoPru",
+    "PiToMe",
+    "PruMerge",
+    "PruMergePlus",
+    "PyramidDrop",
+    "Random",
+    "Recoverable",
+    "SparseVLM",
+    "ToMe",
+    "VisPruner",
+    "VisionZip",
+]

@@ -10,17 +10,31 @@ import torch
 from torch import Tensor
 
 from ..ops.prumerge import listed
-from ..reduction import Budget, Decision, Patches, UnsupportedError, View
+from ..reduction import Budget, Decision, Patches, UnsupportedError, View, VisionSpec
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
 
-__all__ = ["Blocks", "decide_at_home", "decide_in_order", "feature_layer", "states"]
+__all__ = ["Blocks", "behind", "decide_at_home", "decide_in_order", "feature_layer", "states"]
 
 
 def feature_layer(anatomy: Anatomy) -> int:
     """Vision layer whose output the model projects: -2 in LLaVA, -1 as a rule."""
     return anatomy.vision_layer
+
+
+def behind(features: int) -> tuple[int, dict[int, VisionSpec]]:
+    """The layer that the features of layer `features` enter (itself, if it is the last), and what to read in both.
+
+    PruMerge and Recoverable Compression take attention and keys from there.
+    """
+    layer = min(features + 1, -1)
+    if layer == features:
+        return layer, {layer: VisionSpec(key=True, query=True, features=True)}
+    return layer, {
+        layer: VisionSpec(key=True, query=True),
+        features: VisionSpec(attention=None, features=True),
+    }
 
 
 @dataclass
@@ -173,7 +187,7 @@ def decide_in_order(
     Raises:
         UnsupportedError: there are more contents than slots.
     """
-    view, patches, valid = blocks.view, blocks.any, blocks.valid
+    view, valid = blocks.view, blocks.valid
     wanted = (key >= 0).sum(1)
     if bool((wanted > valid.sum(1)).any()):
         raise UnsupportedError("the official code adds more tokens here than it removes; use faithful=False")

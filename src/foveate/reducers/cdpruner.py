@@ -6,41 +6,22 @@ Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..ops.determinantal import determinantal_points
 from ..ops.diversity import order_mask
-from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError, Patches, Reducer, View, register
+from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, View, register
 from ._images import by_block, by_image, closed_up, counts_per_image, take
+from .similarity import CompanionSimilarity, Question, Scorer, choose_scorer
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
 
 __all__ = ["CDPruner"]
-
-Scorer = Callable[[View], Tensor]
-"""A view -> relevance (B, S) of every slot to the question, higher is better; only visual slots are looked at."""
-
-
-def embedding_similarity(view: View) -> Tensor:
-    """Mean cosine of each slot to the token embeddings of the text after the last image: (B, S) float32.
-
-    Where no text follows, all text of the row is meant. Only right before layer 0, where `view.hidden` holds
-    embeddings.
-    """
-    text = view.active & ~view.visual
-    slots = torch.arange(text.shape[1], device=text.device)
-    after = text & (slots > (view.visual * slots).amax(1, keepdim=True))
-    asked = torch.where(after.any(1, keepdim=True), after, text)
-    units = normalize(view.hidden.float(), dim=-1)
-    question = (asked[:, None].float() @ units) / asked.sum(1).clamp_min(1)[:, None, None]
-    return (units @ question.transpose(1, 2))[..., 0]
 
 
 @register(
@@ -57,47 +38,59 @@ class CDPruner(Reducer):
     are kept.
 
     The official relevance is minus the cosine of CLIP's patch embeddings and CLIP's text embedding (the paper has a
-    plus; low cosines mark relevant patches in CLIP). It needs CLIP's text tower, which LLaVA checkpoints do not
-    contain, so the default here is the cosine to the embeddings of the question's tokens in the language model:
-    unofficial.
+    plus; low cosines mark relevant patches in CLIP). It needs CLIP's text tower, which LLaVA checkpoints do not have:
+    hand it over as `clip`. Without it the relevance is the cosine to the embeddings of the question's words in the
+    language model: unofficial.
 
     Mended: NaN when the rank of the features is used up (the rest is filled by relevance); NaN for constant relevance;
     several samples in one call.
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]): exactly as many stay.
-        similarity: "llm", or a function of the view that returns the relevance of each slot, (B, S).
+        similarity: "llm", "clip" (minus the cosine), "siglip", or a function of the view that returns the relevance of
+            each slot, (B, S). None: the companion that is given, else "llm".
+        clip, siglip: companion model: hub id, folder, or (model, tokenizer).
+        question, tokenizer: where a companion reads the question; see `similarity.questions`.
         faithful: the official kernel: each tile of an image is chosen from on its own with an equal share of `keep`
             (rounded down), the relevance scaled over all of them, learnt row ends dropped, NaNs and all.
 
     Raises:
         BudgetError: bad `keep`.
-        OptionError: bad `similarity`.
+        OptionError: bad `similarity`, or a companion without a question.
     """
 
     keep: int | float
-    similarity: Literal["llm"] | Scorer = "llm"
+    similarity: str | Scorer | None = None
+    clip: Any = None
+    siglip: Any = None
+    question: Question | None = None
+    tokenizer: Any = None
     faithful: bool = False
 
     def __post_init__(self) -> None:
         self._budget = Budget(self.keep)
-        if not callable(self.similarity) and self.similarity != "llm":
-            raise OptionError(f"similarity={self.similarity!r}: use 'llm' or a function of the view")
+        self._scorer = choose_scorer(self.similarity, self.clip, self.siglip, self.question, self.tokenizer)
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
         self.positions = closed_up(anatomy)
+        if isinstance(self._scorer, CompanionSimilarity):
+            self._scorer.prepare(anatomy)
 
-    def _relevance(self, view: View, images: Patches) -> Tensor:
-        """(B, S) relevance, scaled over each image."""
-        score = self.similarity(view) if callable(self.similarity) else embedding_similarity(view)
-        score = score.float()[images.rows[:, None], images.slots.clamp_min(0)]
-        low = score.masked_fill(~images.valid, torch.inf).amin(1, keepdim=True)
-        spread = score.masked_fill(~images.valid, -torch.inf).amax(1, keepdim=True) - low
+    def _relevance(self, view: View, images: Patches, blocks: Patches) -> Tensor:
+        """(B, S) relevance, scaled over the patches of each image; learnt row ends have none."""
+        score = self._scorer(view)
+        if isinstance(self._scorer, CompanionSimilarity) and self._scorer.kind == "clip":
+            score = -score
+        shown = blocks.to_slots(torch.ones_like(blocks.slots), *view.active.shape) > 0
+        place = images.rows[:, None], images.slots.clamp_min(0)
+        score, patch = score.float()[place], images.valid & shown[place]
+        low = score.masked_fill(~patch, torch.inf).amin(1, keepdim=True)
+        spread = score.masked_fill(~patch, -torch.inf).amax(1, keepdim=True) - low
         scaled = (score - low + 1e-6) / spread
         if not self.faithful:
             scaled = torch.where(spread > 0, scaled, torch.ones_like(scaled))
-        return images.to_slots(scaled, *view.active.shape)
+        return images.to_slots(torch.where(patch, scaled, 0.0), *view.active.shape)
 
     def _shares(self, images: Patches, blocks: Patches, view: View) -> Tensor:
         """Equal share of each block in the budget of its image: (blocks,)."""
@@ -111,9 +104,10 @@ class CDPruner(Reducer):
         images = by_image(view)
         if not len(images.rows):
             return None
-        relevance = self._relevance(view, images)
-        sets = by_block(view) if self.faithful else images
-        counts = self._shares(images, sets, view) if self.faithful else counts_per_image(self._budget, images)
+        blocks = by_block(view)
+        relevance = self._relevance(view, images, blocks)
+        sets = blocks if self.faithful else images
+        counts = self._shares(images, blocks, view) if self.faithful else counts_per_image(self._budget, images)
         features, weights = take(view.hidden, sets), relevance[sets.rows[:, None], sets.slots.clamp_min(0)]
         order = determinantal_points(features, weights, sets.valid, counts, int(counts.max()), guard=not self.faithful)
         kept = sets.to_slots(order_mask(order, sets.slots.shape[1]).float(), *view.active.shape) > 0

@@ -49,6 +49,10 @@ class Chain(Reducer):
                     raise OptionError(f"two members of the Chain read decoder layer {layer} in different ways")
             for layer, spec in member.vision_taps.items():
                 vision_taps[layer] = _both(vision_taps[layer], spec, layer) if layer in vision_taps else spec
+        towers = [member.tower for member in self.members if member.tower is not None]
+        if len(towers) > 1:
+            raise OptionError("two members of the Chain change the vision tower; it can be done once")
+        self.tower = towers[0] if towers else None
         self.stages = tuple(sorted({stage for member in self.members for stage in member.stages}))
         self.taps, self.vision_taps = taps, vision_taps
 

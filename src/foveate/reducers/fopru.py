@@ -1,7 +1,7 @@
 """FoPru: keep the patches, or the rows of patches, that the vision tower itself attends to.
 
-Paper: "FoPru: Focal Pruning for Efficient Large Vision-Language Models", arXiv 2411.14164. There is no official code; the
-reference is a third party's, dongxianzhe/hydrainfer @ 9a4ce5ab, `hydrainfer/layer/token_prunning.py`.
+Paper: "FoPru: Focal Pruning for Efficient Large Vision-Language Models", arXiv 2411.14164. There is no official code;
+the reference is a third party's, dongxianzhe/hydrainfer @ 9a4ce5ab, `hydrainfer/layer/token_prunning.py`.
 """
 
 from __future__ import annotations

@@ -24,11 +24,10 @@ from ..reduction import (
     Reducer,
     UnsupportedError,
     View,
-    VisionSpec,
     register,
 )
 from ._images import closed_up
-from ._tower import Blocks, decide_at_home, decide_in_order, feature_layer, states
+from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
@@ -36,17 +35,19 @@ if TYPE_CHECKING:
 __all__ = ["PruMerge", "PruMergePlus"]
 
 
-@register("prumerge", MethodInfo(paper="arXiv 2403.15388", acts="before the LLM", needs="attention of the vision tower"))
+@register(
+    "prumerge", MethodInfo(paper="arXiv 2403.15388", acts="before the LLM", needs="attention of the vision tower")
+)
 @dataclass
 class PruMerge(Reducer):
     """Important patches stay; each becomes the attention-weighted mean of itself and the most similar pruned ones.
 
     Important is what the CLS token attends to (without one: what gets most attention from all patches), in the layer
     behind the features: the `keep` highest, or, without `keep`, those above the third quartile by more than 1.5
-    interquartile ranges, at least one, so that samples of a batch differ. Similarity is the cosine of that layer's keys.
-    Merged features are projected and lie in the slot of the important patch. Where a visual token is made of several
-    patches (Qwen-VL, InternVL), for which there is no official code, the visual tokens themselves are merged. Tiles of an
-    image are served one by one and share `keep` by their size. Positions are closed up, with M-RoPE kept.
+    interquartile ranges, at least one, so that samples of a batch differ. Similarity is the cosine of that layer's
+    keys. Merged features are projected and lie in the slot of the important patch. Where a visual token is made of
+    several patches (Qwen-VL, InternVL), for which there is no official code, the visual tokens themselves are merged.
+    Tiles of an image are served one by one and share `keep` by their size. Positions are closed up, with M-RoPE kept.
 
     Mended: outliers are counted in each image, not in the batch; any number of tokens; pruned patches only are merged;
     weights are normalised (see `merge`); attention is that of the model's own heads; no additional token (see `extra`).
@@ -59,8 +60,8 @@ class PruMerge(Reducer):
         extra: one token of `keep` is the weighted mean of all pruned patches (code), in the slot of the last of them.
         faithful: the official code: one head over the whole width, outliers counted over the whole batch, kept patches
             among the neighbours, tokens in descending order of attention, and one more that pools the rest. A fraction
-            `keep` is then the official ratio (int(N * keep) tokens and one more). Where nothing is removed the additional
-            token, a zero, is left out.
+            `keep` is then the official ratio (int(N * keep) tokens and one more). Where nothing is removed the
+            additional token, a zero, is left out.
 
     Raises:
         BudgetError: bad `keep`.
@@ -86,18 +87,8 @@ class PruMerge(Reducer):
 
     def prepare(self, anatomy: Anatomy) -> None:
         self.positions = closed_up(anatomy)
-        self._read_at(feature_layer(anatomy))
-
-    def _read_at(self, features: int) -> None:
-        """Attention and keys come from the layer that the features enter, if there is one."""
-        self._features, self._keys = features, min(features + 1, -1)
-        if self._features == self._keys:
-            self.vision_taps = {self._keys: VisionSpec(key=True, query=True, features=True)}
-        else:
-            self.vision_taps = {
-                self._keys: VisionSpec(key=True, query=True),
-                self._features: VisionSpec(attention=None, features=True),
-            }
+        self._features = feature_layer(anatomy)
+        self._keys, self.vision_taps = behind(self._features)
 
     def decide(self, view: View) -> Decision | None:
         blocks = Blocks.of(view, self._budget)
@@ -158,7 +149,9 @@ class PruMerge(Reducer):
         tokens = valid.shape[1]
         if self._budget is None:
             everything = attention.reshape(1, -1)
-            ratio = upper_outliers(everything, torch.ones_like(everything, dtype=torch.bool)).item() / everything.numel()
+            ratio = (
+                upper_outliers(everything, torch.ones_like(everything, dtype=torch.bool)).item() / everything.numel()
+            )
         else:
             share = self._budget.keep
             ratio = share if isinstance(share, float) else (int(blocks.shares()[0]) - 1 + 1e-6) / tokens
@@ -177,7 +170,9 @@ class PruMerge(Reducer):
         return decide_in_order(blocks, homes, project(values), key, owner, attention)
 
 
-@register("prumerge+", MethodInfo(paper="arXiv 2403.15388", acts="before the LLM", needs="attention of the vision tower"))
+@register(
+    "prumerge+", MethodInfo(paper="arXiv 2403.15388", acts="before the LLM", needs="attention of the vision tower")
+)
 @dataclass
 class PruMergePlus(PruMerge):
     """PruMerge whose important patches are joined by evenly spaced ones, so that no part of the image is lost.
@@ -189,8 +184,8 @@ class PruMergePlus(PruMerge):
     Mended: any number of tokens and of images; no outlier at all (spatial samples alone, a 16th of the patches), and
     shares above a sixth (where the official grid has every patch) or a third (where it fails).
 
-    Everything else, options included, is as in `PruMerge`. With `faithful` and a fixed `keep` the grid may name important
-    patches again, which then are there twice, as in the official code.
+    Everything else, options included, is as in `PruMerge`. With `faithful` and a fixed `keep` the grid may name
+    important patches again, which then are there twice, as in the official code.
     """
 
     _plus: ClassVar[bool] = True

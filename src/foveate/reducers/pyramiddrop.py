@@ -20,7 +20,6 @@ from ..ops.select import top_k_mask, true_indices
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
 from ._images import can_close_up
 from ._layers import check_layer, resolve_layer
-import itertools
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..ops.prumerge import class_attention, listed
+from ..ops.prumerge import class_attention, listed, marked
 from ..ops.recoverable import merge_rest, merge_rest_official, recover, recover_faithful
 from ..reduction import (
     BEFORE_LAYERS,
@@ -24,11 +24,10 @@ from ..reduction import (
     Reducer,
     UnsupportedError,
     View,
-    VisionSpec,
     register,
 )
 from ._images import closed_up
-from ._tower import Blocks, decide_at_home, decide_in_order, feature_layer, states
+from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
 from .similarity import Question, Scorer, choose_scorer, llm_similarity
 
 if TYPE_CHECKING:
@@ -50,12 +49,13 @@ __all__ = ["Recoverable"]
 class Recoverable(Reducer):
     """Visual filter, text recovery, secondary recovery and merging.
 
-    1. Filter: as many patches as there are outliers in the CLS token's attention, the most attended ones. 2. Recovery: of
-    the others as many as there are outliers in the similarity to the question, the most similar ones. 3. Of the rest, the
-    most attended ones (as many as outliers) become centres: each is replaced by the attention-weighted mean of itself and
-    its 32 nearest, by cosine of the keys plus `text_weight` times the similarity to the question. 4. One token, in the
-    slot of the last patch that goes, is the weighted mean of the whole rest. Outliers have a local outlier factor above
-    1.5. Attention and keys are those of the layer behind the features; without a CLS token, attention received counts.
+    1. Filter: as many patches as there are outliers in the CLS token's attention, the most attended ones. 2. Recovery:
+    of the others as many as there are outliers in the similarity to the question, the most similar ones. 3. Of the
+    rest, the most attended ones (as many as outliers) become centres: each is replaced by the attention-weighted mean
+    of itself and its 32 nearest, by cosine of the keys plus `text_weight` times the similarity to the question. 4. One
+    token, in the slot of the last patch that goes, is the weighted mean of the whole rest. Outliers have a local
+    outlier factor above 1.5. Attention and keys are those of the layer behind the features; without a CLS token,
+    attention received counts.
 
     Merged features are projected; where a visual token is made of several patches (Qwen-VL, InternVL) the visual tokens
     themselves are merged. Tiles of an image are served one by one. Positions are closed up, with M-RoPE kept.
@@ -66,26 +66,26 @@ class Recoverable(Reducer):
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]), merged ones included; exactly as many
-            stay, in the proportion of the outliers. None: as many as the outliers say, about a tenth, different in every
-            sample.
+            stay, in the proportion of the outliers. None: as many as the outliers say, about a tenth, different in
+            every sample.
         clip: the companion that compares patches and question: a hub id such as "openai/clip-vit-large-patch14-336", a
             folder, or (CLIPModel, tokenizer); loaded when the method is applied.
         siglip: the same with SigLIP.
-        similarity: "clip", "siglip"; "llm": visual tokens against the question's embeddings in the language model, needs
-            no companion; or a function of the view, see `foveate.reducers.similarity`. None: the companion given, else
-            "llm".
+        similarity: "clip", "siglip"; "llm": visual tokens against the question's embeddings in the language model,
+            needs no companion; or a function of the view, see `foveate.reducers.similarity`. None: the companion given,
+            else "llm".
         question: the question, one for each row, or a function of the view; None: it is read from the prompt.
         tokenizer: the language model's, with which a companion's question is read from the prompt.
         neighbours: of a centre.
         text_weight: see 3; the official 50 / sqrt(768).
         faithful: the official code (see Mended), its order of tokens, without `keep`.
-        variant: with `faithful`: "default", or "union", the other official function: filter and recovery both look at all
-            patches, centres are a share of all patches, the rest is always pooled.
+        variant: with `faithful`: "default", or "union", the other official function: filter and recovery both look at
+            all patches, centres are a share of all patches, the rest is always pooled.
 
     Raises:
         BudgetError: bad `keep`.
-        OptionError: any other bad option, a companion or a question that is missing; when applied, a companion that cannot
-            be loaded.
+        OptionError: any other bad option, a companion or a question that is missing; when applied, a companion that
+            cannot be loaded.
         UnsupportedError: when used, images that the companion cannot be shown.
     """
 
@@ -122,14 +122,7 @@ class Recoverable(Reducer):
     def prepare(self, anatomy: Anatomy) -> None:
         self.positions = closed_up(anatomy)
         self._features = feature_layer(anatomy)
-        self._keys = min(self._features + 1, -1)
-        if self._features == self._keys:
-            self.vision_taps = {self._keys: VisionSpec(key=True, query=True, features=True)}
-        else:
-            self.vision_taps = {
-                self._keys: VisionSpec(key=True, query=True),
-                self._features: VisionSpec(attention=None, features=True),
-            }
+        self._keys, self.vision_taps = behind(self._features)
         if hasattr(self._score, "prepare"):
             self._score.prepare(anatomy)
 
@@ -148,30 +141,24 @@ class Recoverable(Reducer):
         merged, extra, column = merge_rest(
             x, key.flatten(2), attention, similarity, found, valid, self.neighbours, self.text_weight
         )
-        own = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-        gone = column >= 0
-        last = torch.where(found.pooled, self._last(valid, found.main, found.centres), -1)[:, None]
+        tokens = valid.shape[1]
+        own = torch.arange(tokens, device=valid.device).expand_as(valid)
+        pruned = valid & ~found.main & ~marked(found.centres, tokens)
+        last = torch.where(found.pooled, torch.where(pruned, own, -1).amax(1), -1)[:, None]
         overwritten = torch.cat([found.centres, last], 1)
-        is_home = torch.zeros(len(valid), valid.shape[1] + 1, dtype=torch.bool, device=valid.device)
-        is_home = is_home.scatter(1, torch.where(overwritten < 0, valid.shape[1], overwritten), True)[:, :-1]
-        owner = torch.where(gone & ~is_home, overwritten.gather(1, column.clamp_min(0)), -1)
+        is_home = marked(overwritten, tokens)
+        owner = torch.where((column >= 0) & ~is_home, overwritten.gather(1, column.clamp_min(0)), -1)
         owner = torch.where(found.main | is_home, own, owner)
         values = project(torch.cat([merged, extra], 1))
         return decide_at_home(blocks, found.main | is_home, overwritten, values, owner, attention)
-
-    @staticmethod
-    def _last(valid: Tensor, main: Tensor, centres: Tensor) -> Tensor:
-        """The last patch of each block that neither stays nor is a centre: (I,)."""
-        tokens = valid.shape[1]
-        centre = torch.zeros(len(valid), tokens + 1, dtype=torch.bool, device=valid.device)
-        centre = centre.scatter(1, torch.where(centres < 0, tokens, centres), True)[:, :-1]
-        return torch.where(valid & ~main & ~centre, torch.arange(tokens, device=valid.device), -1).amax(1)
 
     def _official(self, blocks: Blocks, similarity: Tensor) -> Decision:
         read, valid = blocks.patches[self._keys], blocks.valid
         assert read.key is not None
         if read.cls_query is None or read.cls_key is None or not bool(valid.all()):
-            raise UnsupportedError("Recoverable with faithful=True needs a tower with a CLS token and images of one size")
+            raise UnsupportedError(
+                "Recoverable with faithful=True needs a tower with a CLS token and images of one size"
+            )
         attention = class_attention(read.cls_query, read.cls_key, read.key)
         x, project = states(blocks, self._features)
         found = recover_faithful(attention, similarity, x.shape[2], self.variant)
@@ -183,10 +170,10 @@ class Recoverable(Reducer):
         source = torch.cat([main, found.centres, last], 1)
         count = source.shape[1]
         key = torch.arange(source.numel(), device=valid.device).view(-1, count).masked_fill(source < 0, -1)
-        homes = torch.zeros(len(valid), valid.shape[1] + 1, dtype=torch.bool, device=valid.device)
-        column = torch.where(found.pooled, count - 1, -1)[:, None].expand(-1, valid.shape[1] + 1)
-        place = torch.where(source[:, :-1] < 0, valid.shape[1], source[:, :-1])
-        homes = homes.scatter(1, place, True)[:, :-1]
+        tokens = valid.shape[1]
+        place = torch.where(source[:, :-1] < 0, tokens, source[:, :-1])
         number = torch.arange(count - 1, device=valid.device).expand_as(place)
+        column = torch.where(found.pooled, count - 1, -1)[:, None].repeat(1, tokens + 1)
         column = column.scatter(1, place, number)[:, :-1]
+        homes = marked(source[:, :-1], tokens)
         return decide_in_order(blocks, homes, project(values), key, column, attention)

@@ -83,7 +83,8 @@ def questions(view: View, question: Question | None, tokenizer: Any, official: b
     ids = ids[:, : view.active.shape[1]]
     words = view.tokens & ~view.visual if official else _asked(view)
     texts = [
-        tokenizer.decode(row[mask.to(row.device)], skip_special_tokens=True) for row, mask in zip(ids, words, strict=True)
+        tokenizer.decode(row[mask.to(row.device)], skip_special_tokens=True)
+        for row, mask in zip(ids, words, strict=True)
     ]
     if official:
         return [text.split("\n")[0] for text in texts]
@@ -103,8 +104,8 @@ class CompanionSimilarity:
         companion: hub id, local folder, or (model, tokenizer). Loaded when the method is applied.
         question, tokenizer: see `questions`.
         kind: "clip" or "siglip".
-        official: as banjiuyufen/Recoverable-Compression @ d9275944: first line of the prompt, state of the last place of
-            the padded text, patches without the last norm, cosine / sqrt(width).
+        official: as banjiuyufen/Recoverable-Compression @ d9275944: first line of the prompt, state of the last place
+            of the padded text, patches without the last norm, cosine / sqrt(width).
 
     Raises:
         OptionError: no question can be known; when applied, the companion cannot be loaded or is of another kind.
@@ -124,9 +125,9 @@ class CompanionSimilarity:
             raise OptionError(
                 f"{self.kind}= must read the question: give tokenizer= (the language model's) or question="
             )
-        if not isinstance(self.companion, str) and not (isinstance(self.companion, tuple) and len(self.companion) == 2):
-            if not hasattr(self.companion, "__fspath__"):
-                raise OptionError(f"{self.kind}= takes a hub id, a folder, or (model, tokenizer)")
+        pair = isinstance(self.companion, tuple) and len(self.companion) == 2
+        if not (pair or isinstance(self.companion, str) or hasattr(self.companion, "__fspath__")):
+            raise OptionError(f"{self.kind}= takes a hub id, a folder, or (model, tokenizer)")
 
     def prepare(self, anatomy: Anatomy) -> None:
         """Load the companion and put it beside the model."""

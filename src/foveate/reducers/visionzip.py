@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.fopru import best_tokens
-from ..ops.prumerge import listed
+from ..ops.prumerge import listed, marked
 from ..ops.visionzip import contextual_groups, merge_into_targets, split_counts
 from ..reduction import (
     BEFORE_LAYERS,
@@ -40,14 +40,16 @@ OFFICIAL_SHARE = 10 / 64
 """Contextual tokens of all: 10 of 64, 20 of 128, 30 of 192."""
 
 
-@register("visionzip", MethodInfo(paper="arXiv 2412.04467", acts="before the LLM", needs="attention of the vision tower"))
+@register(
+    "visionzip", MethodInfo(paper="arXiv 2412.04467", acts="before the LLM", needs="attention of the vision tower")
+)
 @dataclass
 class VisionZip(Reducer):
     """The most attended patches stay; of the others every (n // T)-th is a target, and each goes to its nearest target.
 
-    Attention is that of the CLS token, summed over the heads, in the layer that gives the features (without a CLS token:
-    attention received from all patches). Nearest is by the cosine of that layer's keys, averaged over the heads. A
-    contextual token is the mean of its group; its features are projected, and it lies in the target's slot. Where a
+    Attention is that of the CLS token, summed over the heads, in the layer that gives the features (without a CLS
+    token: attention received from all patches). Nearest is by the cosine of that layer's keys, averaged over the heads.
+    A contextual token is the mean of its group; its features are projected, and it lies in the target's slot. Where a
     visual token is made of several patches (Qwen-VL, InternVL) the visual tokens themselves are averaged. Every tile of
     an image has its share of `keep`, learnt row ends go. Positions are closed up, with M-RoPE kept.
 
@@ -59,15 +61,16 @@ class VisionZip(Reducer):
         keep: visual tokens per image (int), or their fraction (float in (0, 1]), contextual ones included; exactly as
             many stay.
         contextual: T, contextual tokens per tile (int), or their share in what stays (float in [0, 1)).
-        faithful: the official tokens in the official order: CLS token, dominant patches, contextual tokens; for tiles the
-            whole image first, then the patches of all tiles row by row, their CLS tokens, their contextual tokens. Only
-            for towers with a CLS token whose features the model projects one by one. What the model cuts away as padding
-            does not compete.
+        faithful: the official tokens in the official order: CLS token, dominant patches, contextual tokens; for tiles
+            the whole image first, then the patches of all tiles row by row, their CLS tokens, their contextual tokens.
+            Only for towers with a CLS token whose features the model projects one by one. What the model cuts away as
+            padding does not compete.
 
     Raises:
         BudgetError: bad `keep`; too small for the CLS token, with `faithful`.
         OptionError: bad `contextual`.
-        UnsupportedError: `faithful` without a CLS token or such a projector, or with more contextual tokens than patches.
+        UnsupportedError: `faithful` without a CLS token or such a projector, or with more contextual tokens than
+            patches.
     """
 
     keep: int | float
@@ -106,13 +109,11 @@ class VisionZip(Reducer):
             return self._official(blocks, scores, metric, x, dominant, contextual)
         kept = best_tokens(scores, blocks.valid, dominant)
         rest = blocks.valid & ~kept
-        # Everything stays: what is left over becomes targets without sources.
         targets, assigned = contextual_groups(metric, rest, contextual, int(contextual.max()))
         values = merge_into_targets(x, targets, assigned)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         place = targets.gather(1, assigned.clamp_min(0)) if targets.shape[1] else assigned
-        is_target = torch.zeros(len(kept), kept.shape[1] + 1, dtype=torch.bool, device=kept.device)
-        is_target = is_target.scatter(1, torch.where(targets < 0, kept.shape[1], targets), True)[:, :-1]
+        is_target = marked(targets, kept.shape[1])
         owner = torch.where(assigned >= 0, place, torch.where(kept | is_target, own, -1))
         merged = torch.where((assigned >= 0).any(1, keepdim=True), targets, -1)
         return decide_at_home(blocks, kept | is_target, merged, project(values), owner, scores)

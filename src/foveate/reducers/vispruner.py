@@ -1,7 +1,7 @@
 """VisPruner: half of the tokens by the CLS token's attention, half by removing near-duplicates from the rest.
 
-Paper: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", arXiv 2412.01818 (ICCV
-2025). Official code: Theia-4869/VisPruner @ aefa01ad (Apache-2.0), `llava/model/llava_arch.py`.
+Paper: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", arXiv 2412.01818
+(ICCV 2025). Official code: Theia-4869/VisPruner @ aefa01ad (Apache-2.0), `llava/model/llava_arch.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["VisPruner"]
 
 
-@register("vispruner", MethodInfo(paper="arXiv 2412.01818", acts="before the LLM", needs="attention of the vision tower"))
+@register(
+    "vispruner", MethodInfo(paper="arXiv 2412.01818", acts="before the LLM", needs="attention of the vision tower")
+)
 @dataclass
 class VisPruner(Reducer):
     """int(keep * ratio) patches stay for their attention; the others lose duplicates, round by round, to the budget.
@@ -45,10 +47,10 @@ class VisPruner(Reducer):
     attention received), averaged over the heads, in the layer that gives the features. Every tile of an image has its
     share of `keep`, learnt row ends go. Positions are closed up, with M-RoPE kept.
 
-    Mended: the official code fails for an odd number of remaining patches. It orders them by similarity after each round,
-    and as only even places may go, one rounding error changes a quarter of what stays; here they stay in the order of the
-    image, and everything is compared in float32. Above 576 patches more than eight go in a round, so that there are never
-    more than 72 rounds.
+    Mended: the official code fails for an odd number of remaining patches. It orders them by similarity after each
+    round, and as only even places may go, one rounding error changes a quarter of what stays; here they stay in the
+    order of the image, and everything is compared in float32. Above 576 patches more than eight go in a round, so that
+    there are never more than 72 rounds.
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]); exactly as many stay.

@@ -89,7 +89,7 @@ def paint(picture: np.ndarray, cells: Sequence[Cell], origins: Tensor) -> np.nda
         border = np.array([255.0, 255.0, 255.0])
         if members[representative] > 1:
             border = _group_colour(groups.index(representative))
-            share = 0.35 if representative == cell.slot else 0.6
+            share = 0.25 if representative == cell.slot else 0.45
             out[area] = (1 - share) * (0.5 * colour[area] + 0.5 * grey[area][..., None]) + share * border
         _frame(out[area], border)
     return out.clip(0, 255).astype(np.uint8)
@@ -249,27 +249,35 @@ def overlay(
     canvases = _canvases(images, trace, row, trace.layout if layout is None else layout)
     stages = _pruning_stages(trace, row)
     heats = [stage for stage in stages if heat and trace.scores(stage) is not None]
-    columns = 1 + len(stages) + len(heats)
+    columns = 1 + len(stages)
     width = max(5.6, 2.5 * columns + 0.2)
     lines = [line for line in (title, question, answers) if line]
     head = 0.28 * len(lines) + 0.12
-    rows = len(canvases)
+    each = 2 if heats else 1
+    rows = each * len(canvases)
     aspect = max(canvas.picture.height / canvas.picture.width if canvas.picture else 1.0 for canvas in canvases)
     height = head + rows * (2.4 * min(aspect, 2.0) + 0.38)
     figure = _new_figure(width, height)
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=1 - (head + 0.26) / height, wspace=0.06, hspace=0.18)
-    for line, canvas in zip(axes, canvases):
+    for number, canvas in enumerate(canvases):
+        line = axes[each * number]
         background = _background(canvas)
         _show(line[0], background, canvas.label or "image", _SOFT)
         for panel, stage in zip(line[1:], stages):
             kept, total = _count(trace, row, stage)
             name = f"{_stage_name(stage)}: {kept} of {total} tokens"
             _show(panel, paint(background, canvas.cells, trace.origins(stage)[row].cpu()), name)
-        for panel, stage in zip(line[1 + len(stages) :], heats):
-            scores, there = trace.scores(stage), trace.active(stage - 1)[row].cpu()
-            assert scores is not None
-            _show(panel, _heat(background, canvas.cells, scores[row].cpu(), there), f"scores, {_stage_name(stage)}")
+        below = axes[each * number + 1] if heats else []
+        for panel in below:
+            panel.set_axis_off()
+        for panel, stage in zip(below[1:], stages):
+            scores = trace.scores(stage)
+            if scores is None:
+                continue
+            panel.set_axis_on()
+            there = trace.active(stage - 1)[row].cpu()
+            _show(panel, _heat(background, canvas.cells, scores[row].cpu(), there), "scores, by rank", _SOFT)
     _head(figure, height, title, question, answers)
     return figure
 

@@ -1,0 +1,75 @@
+"""PyramidDrop: the row it ranks by, and its schedule."""
+
+import pytest
+import torch
+
+import foveate
+from foveate.engine.anatomy import resolve
+from foveate.reducers.pyramiddrop import PyramidDrop, next_layer_row
+from tests import families
+from tests.reference.checks import assert_exact
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "paligemma", "mistral3"])
+@torch.no_grad()
+def test_the_row_is_the_one_the_next_layer_computes(name):
+    model = families.build(name, impl="eager")
+    inputs = families.inputs(name, model, batch=1)
+    output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    anatomy = resolve(model)
+    slots = torch.arange(inputs["input_ids"].shape[1])[None]
+    for layer in range(1, families.N_LAYERS):
+        hidden = output.hidden_states[layer]
+        row = next_layer_row(anatomy, layer, hidden, slots, slots, torch.ones_like(slots, dtype=torch.bool))
+        assert torch.allclose(row[:, :, 0], output.attentions[layer][:, :, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [3, 5, 10, 0.3, 0.469, 0.9, 1.0])
+@torch.no_grad()
+def test_keep_is_the_mean_over_the_layers(keep):
+    model = families.build("llava")
+    inputs = families.inputs("llava", model)
+    with foveate.apply(model, PyramidDrop(keep)) as session:
+        model(**inputs)
+    entered = session.trace.visual_tokens
+    wanted = keep if isinstance(keep, int) else keep * 16
+    assert bool(((entered.double().mean(1) - max(wanted, 21 / 6)).abs() <= 0.5).all())
+    assert bool((entered.diff(dim=1) <= 0).all())
+
+
+def test_the_papers_setting_averages_to_270():
+    reducer = PyramidDrop(270)
+    reducer.prepare(_Anatomy(32))
+    assert reducer._lists[0] == [8, 16, 24]
+    visual = torch.arange(700)[None] < 576
+    view = foveate.View(7, torch.zeros(1, 700, 4), torch.ones_like(visual), visual, torch.ones_like(visual))
+    layers, counts, _ = reducer._plan(view)
+    assert layers.tolist() == [[8, 16, 24]]
+    assert counts.tolist() == [[288, 144, 72]]
+
+
+class _Anatomy:
+    mrope, sliding_windows = True, ()
+
+    def __init__(self, depth: int):
+        self.depth, self.decoder = depth, None
+
+
+@torch.no_grad()
+def test_engine_and_method_agree_with_the_masked_reference():
+    model = families.build("qwen2_vl")  # positions "keep", ranked by the substitute row
+    inputs = families.inputs("qwen2_vl", model)
+    reducer = PyramidDrop(7)
+    with foveate.apply(model, reducer) as session:
+        model(**inputs)
+    trace, removed, before = session.trace, {}, inputs["attention_mask"].bool()
+    for stage in trace.stages:
+        removed[stage] = before & ~trace.active(stage)
+        before = before & trace.active(stage)
+    assert_exact(model, inputs, {s: r for s, r in removed.items() if r.any()}, reducer)
+
+
+def test_layers_beyond_the_depth():
+    model = families.build("llava")
+    with pytest.raises(foveate.OptionError, match="decoder layers"):
+        foveate.apply(model, PyramidDrop(layers=[8, 16, 24], ratios=[0.5, 0.25, 0.125]))

@@ -50,4 +50,4 @@ def test_the_split_is_the_official_one() -> None:
 def test_the_mosaic_is_row_major() -> None:
     dominant = torch.tensor([[0, 4, 1], [0, 2, 3]])  # two tiles of 2 x 2 side by side: patches 0, 3 and 1, 2
     order = op.mosaic_order(dominant, tokens=4, width=2, height=1, side=2)
-    assert order.tolist() == [1, 5, 6, 2, 0, 4, 3, 7]
+    assert order.tolist() == [1, 5, 2, 6, 0, 4, 3, 7]

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint types zoo bench clean
+.PHONY: demo test lint types structure zoo bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
@@ -20,11 +20,14 @@ lint: $(VENV)/.test-installed
 types: $(VENV)/.test-installed
 	$(BIN)/mypy
 
+structure: $(VENV)/.test-installed
+	$(BIN)/python -m pytest tests/test_structure.py
+
 zoo: $(VENV)/.test-installed
 	$(BIN)/python -m foveate.zoo.train
 
 bench: $(VENV)/.demo-installed
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -128,19 +128,18 @@ def test_downsample_is_the_tower_on_a_smaller_image(name):
 def test_whole_models(name, method):
     model = families.build(name)
     inputs = families.inputs(name, model, images=[2, 1])
-    reducer = method(0.4)
-    anatomy = resolve(model)
-    with TowerReduction(anatomy.vision, reducer.tower, anatomy.vision_layer) as reduction:
-        decide, projected = reducer.decide, []
+    before = footprint(model)
+    reducer, projected = method(0.4), []
+    decide = reducer.decide
 
-        def with_groups(view):
-            view.info.setdefault("tower_groups", reduction.groups(anatomy, view.visual, view.info))
-            projected.append(view)
-            return decide(view)
+    def watched(view):
+        projected.append(view)
+        return decide(view)
 
-        reducer.decide = with_groups
-        with foveate.apply(model, reducer) as session:
-            model(**inputs)
+    reducer.decide = watched
+    with foveate.apply(model, reducer) as session:
+        model(**inputs)
+    assert footprint(model) == before
     view = projected[0]
     groups = view.info["tower_groups"]
     for row in range(2):

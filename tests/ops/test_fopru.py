@@ -30,7 +30,10 @@ def test_rows() -> None:
     assert kept[0].nonzero()[:, 0].tolist() == [3, 4, 6, 7, 8]
     assert kept[1].nonzero()[:, 0].tolist() == [0, 4, 5]
     for count in range(7):
-        assert op.best_rows(scores, valid, torch.tensor([3, 3]), torch.tensor([count, count])).sum(1).tolist() == [count] * 2
+        assert (
+            op.best_rows(scores, valid, torch.tensor([3, 3]), torch.tensor([count, count])).sum(1).tolist()
+            == [count] * 2
+        )
 
 
 def test_best_tokens() -> None:

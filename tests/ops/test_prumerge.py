@@ -18,7 +18,12 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_merging_is_a_loop_over_centres(mean: bool, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocked:
         monkeypatch.setattr(op, "_BLOCK", 3)
-    x, key, attention, bonus = draw(2, 20, 5), draw(2, 20, 4, seed=1), draw(2, 20, seed=2).softmax(1), draw(2, 20, seed=3)
+    x, key, attention, bonus = (
+        draw(2, 20, 5),
+        draw(2, 20, 4, seed=1),
+        draw(2, 20, seed=2).softmax(1),
+        draw(2, 20, seed=3),
+    )
     kept = draw(2, 20, seed=4) > 0.3
     candidates = ~kept
     candidates[1, 12:] = False

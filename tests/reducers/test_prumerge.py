@@ -122,14 +122,16 @@ def test_origins_name_the_token_that_carries_a_patch():
 
 
 def test_the_official_crash_is_a_clear_error_and_the_default_works():
-    with pytest.raises(foveate.UnsupportedError, match="PruMerge\\+ with faithful=True.*faithful=False"):
+    with pytest.raises(foveate.UnsupportedError, match=r"PruMerge\+ with faithful=True.*faithful=False"):
         tower.counts("llava", PruMergePlus(faithful=True), batch=2)
     assert all(n >= 1 for n in tower.counts("llava", PruMergePlus(), batch=2))
     assert tower.counts("llava", PruMerge(keep=5, faithful=True), batch=2) == [5, 5]
     assert tower.counts("llava", PruMerge(keep=0.25, faithful=True), batch=2) == [5, 5]  # int(16 / 4) and one more
 
 
-@pytest.mark.parametrize(("options", "culprit"), [({"neighbours": -1}, "neighbours=-1"), ({"merge": "max"}, "merge='max'")])
+@pytest.mark.parametrize(
+    ("options", "culprit"), [({"neighbours": -1}, "neighbours=-1"), ({"merge": "max"}, "merge='max'")]
+)
 def test_bad_options(options: dict, culprit: str):
     with pytest.raises(foveate.OptionError, match=culprit):
         PruMerge(keep=4, **options)
@@ -146,7 +148,8 @@ def test_features_without_their_image():
     inputs = families.inputs("llava", model, batch=1)
     embeddings = decoder_inputs(model, inputs)
     visual = families.visual_slots(inputs["input_ids"])
-    with pytest.raises(foveate.UnsupportedError, match="vision tower"), foveate.apply(
-        model.model.language_model, PruMerge(keep=4), visual=visual
+    with (
+        pytest.raises(foveate.UnsupportedError, match="vision tower"),
+        foveate.apply(model.model.language_model, PruMerge(keep=4), visual=visual),
     ):
         model.model.language_model(inputs_embeds=embeddings)

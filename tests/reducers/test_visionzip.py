@@ -93,7 +93,7 @@ def test_official_order_of_tiles():
 
 
 def test_the_official_code_needs_a_cls_token():
-    with pytest.raises(foveate.UnsupportedError, match="CLS token.*faithful=False"):
+    with pytest.raises(foveate.UnsupportedError, match=r"CLS token.*faithful=False"):
         tower.counts("paligemma", VisionZip(keep=8, faithful=True))
     with pytest.raises(foveate.BudgetError, match="keep=2"):
         tower.counts("llava", VisionZip(keep=2, contextual=1, faithful=True))

@@ -1,4 +1,4 @@
-"""Twins of the methods that decide from the vision tower: loops over images and tokens, and what they are held against."""
+"""What the methods that decide from the vision tower are held against: loops over images and tokens."""
 
 from __future__ import annotations
 
@@ -127,7 +127,9 @@ def weighted_group(x: Tensor, weights: Sequence[float], members: list[int]) -> T
     return (share[:, None] * x[members]).sum(0) / share.sum()
 
 
-def nearest(key: Tensor, centre: int, candidates: list[int], count: int, bonus: Sequence[float] | None = None) -> list[int]:
+def nearest(
+    key: Tensor, centre: int, candidates: list[int], count: int, bonus: Sequence[float] | None = None
+) -> list[int]:
     units = normalize(key.float(), dim=-1)
     score = [float(units[centre] @ units[j]) + (bonus[j] if bonus is not None else 0) for j in range(len(units))]
     return best(candidates, score, count)
@@ -138,7 +140,11 @@ def singles(model: Any, name: str, inputs: dict, rows: int) -> list[dict]:
     out = []
     for row in range(rows):
         start = int(inputs["attention_mask"][row].argmax())
-        one = {k: v[row : row + 1, start:] for k, v in inputs.items() if v.dim() == 2 and v.shape == inputs["input_ids"].shape}
+        one = {
+            k: v[row : row + 1, start:]
+            for k, v in inputs.items()
+            if v.dim() == 2 and v.shape == inputs["input_ids"].shape
+        }
         one |= {k: v[row : row + 1] for k, v in inputs.items() if k not in one and k != "pixel_values"}
         pixels = inputs["pixel_values"]
         if "image_grid_thw" in inputs:

@@ -11,7 +11,7 @@ __all__ = ["best_rows", "best_tokens", "given_and_received", "significance"]
 
 
 def given_and_received(
-    query: Tensor, key: Tensor, cls_key: Tensor, scaling: float, block: int = 256
+    query: Tensor, key: Tensor, cls_key: Tensor, scaling: float, block: int = 64
 ) -> tuple[Tensor, Tensor]:
     """Attention among the patches alone (softmax with the CLS token, its row and column left out), averaged.
 

@@ -87,8 +87,8 @@ class FoPru(Reducer):
         if not self.faithful:
             return blocks.shares()
         if self.strategy == "rank":
-            return (blocks.valid.sum(1) * share).long() if isinstance(share, float) else blocks.shares()
-        rows = (height * share).long() if isinstance(share, float) else blocks.shares() // width.clamp_min(1)
+            return (blocks.valid.sum(1).double() * share).long() if isinstance(share, float) else blocks.shares()
+        rows = (height.double() * share).long() if isinstance(share, float) else blocks.shares() // width.clamp_min(1)
         return rows * width
 
     def decide(self, view: View) -> Decision | None:

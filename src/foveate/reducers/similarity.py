@@ -7,6 +7,7 @@ trained on pairs of images and texts.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ..reduction import OptionError, UnsupportedError, View
+from ..reduction import OptionError, Patches, UnsupportedError, View
+from ._images import by_block
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
@@ -31,6 +33,7 @@ _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _PIXELS = {"siglip_vision_model": _HALF, "siglip": _HALF, "internvl_vision": _IMAGENET}
 """Mean and deviation with which a tower's pixels are normalised, by its model type; CLIP's for all others."""
+_OWN_PIXELS = {"clip": _CLIP, "siglip": _HALF}
 _TURN_END = re.compile(r"\s*(?:<[^<>\s]+>\s*)*\b(?:ASSISTANT|assistant|model)\s*:?\s*$")
 
 
@@ -136,7 +139,7 @@ class CompanionSimilarity:
             if not (hasattr(self._model, "text_model") and hasattr(self._model, "vision_model")):
                 raise OptionError(f"{self.kind}={type(self._model).__name__}: a CLIPModel or SiglipModel is needed")
         self._model = self._model.to(anatomy.model.device).eval()
-        self._normalised = _PIXELS.get(getattr(anatomy.vision_config, "model_type", ""), _CLIP)
+        self._vision = anatomy.vision_config
 
     def _load(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
@@ -150,18 +153,20 @@ class CompanionSimilarity:
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
         text = self._encode(questions(view, self.question, self.tokenizer, self.official), view.active.device)
-        layout = view.layout
-        blocks = [(im.row, b) for row in layout.images for im in row for b in im.blocks] if layout else []
-        pictures = _pictures(view.info, len(blocks))
-        seen = self._patches(pictures.to(text.device))
-        side = int(seen.shape[1] ** 0.5)
-        out = torch.zeros(view.active.shape, device=text.device)
-        for number, (row, block) in enumerate(blocks):
-            cosines = (seen[number] @ text[row]).view(1, 1, side, side)
-            if (side, side) != tuple(block.grid):
-                cosines = interpolate(cosines, size=block.grid, mode="bilinear", align_corners=False, antialias=True)
-            out[row, block.slots.to(out.device)] = cosines.flatten()
-        return out / seen.shape[2] ** 0.5 if self.official else out
+        patches = next(iter(view.vision.values()), None) or by_block(view)
+        seen = self._patches(self._pictures(view.info, patches).to(text.device))
+        copies = len(patches.rows) // len(seen)  # beams repeat a row, but its image was given once
+        cosines = (seen.repeat(copies, 1, 1) @ text[patches.rows.clamp_min(0), :, None])[..., 0]
+        side = math.isqrt(seen.shape[1])
+        laid = text.new_zeros(patches.slots.shape)
+        for height, width in set(map(tuple, patches.grid.tolist())):
+            mine = (patches.grid == patches.grid.new_tensor([height, width])).all(1)
+            square = cosines[mine].view(-1, 1, side, side)
+            if (side, side) != (height, width):
+                square = interpolate(square, size=(height, width), mode="bilinear", antialias=True)
+            laid[mine, : height * width] = square.flatten(1)
+        laid = laid / seen.shape[2] ** 0.5 if self.official else laid
+        return patches.to_slots(laid, *view.active.shape)
 
     def _encode(self, texts: list[str], device: torch.device) -> Tensor:
         longest = self._model.config.text_config.max_position_embeddings
@@ -180,41 +185,69 @@ class CompanionSimilarity:
         return normalize((pooled if projection is None else projection(pooled)).float(), dim=-1)
 
     def _patches(self, pictures: Tensor) -> Tensor:
-        """Unit vectors of the patches: (I, n, C)."""
-        tower, config = self._model.vision_model, self._model.config.vision_config
-        (mean, deviation), (to_mean, to_deviation) = self._normalised, _HALF if self.kind == "siglip" else _CLIP
-        pixels = pictures.float()
-        if (mean, deviation) != (to_mean, to_deviation):
-            shape = lambda x: torch.tensor(x, device=pixels.device).view(3, 1, 1)  # noqa: E731
-            pixels = (pixels * shape(deviation) + shape(mean) - shape(to_mean)) / shape(to_deviation)
-        size = (config.image_size, config.image_size)
-        if tuple(pixels.shape[-2:]) != size:
-            pixels = interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
-        pixels = pixels.to(next(tower.parameters()).dtype)
+        """Unit vectors of the patches of pictures that are as the companion wants them: (I, n, C)."""
+        tower = self._model.vision_model
         # CLIP's last hidden state is not normalised yet, SigLIP's is.
-        states = tower(pixel_values=pixels).last_hidden_state
+        states = tower(pixel_values=pictures.to(next(tower.parameters()).dtype)).last_hidden_state
         if self.kind == "clip":
             states = states[:, 1:] if self.official else tower.post_layernorm(states[:, 1:])
             states = self._model.visual_projection(states)
         return normalize(states.float(), dim=-1)
 
+    def _pictures(self, info: dict[str, Any], patches: Patches) -> Tensor:
+        """What the companion sees of every block, (blocks, 3, H, W), resized and normalised for it."""
+        pixels = info.get("pixel_values")
+        if pixels is None:
+            raise UnsupportedError("a companion must see the image: give pixel_values, not image features")
+        blocks = len(patches.rows)
+        if isinstance(pixels, Tensor) and info.get("image_grid_thw") is not None:
+            pictures = unfold_stream(pixels, info["image_grid_thw"], self._vision)
+        elif isinstance(pixels, Tensor) and pixels.dim() in (4, 5):
+            pictures = list(pixels if pixels.dim() == 4 else _without_padding(pixels, patches))
+        else:
+            pictures = []
+        if not pictures or blocks % len(pictures):
+            shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise UnsupportedError(
+                f"pixels of shape {shape} cannot be shown to a companion as {blocks} pictures; "
+                "use similarity='llm' or a function of the view"
+            )
+        size = self._model.config.vision_config.image_size
+        return torch.cat([self._fit(picture.float()[None], size) for picture in pictures])
 
-def _pictures(info: dict[str, Any], blocks: int) -> Tensor:
-    """The pixels of every block, (blocks, 3, H, W)."""
-    pixels = info.get("pixel_values")
-    if pixels is None:
-        raise UnsupportedError("a companion must see the image: give pixel_values, not image features")
-    grids = info.get("image_grid_thw")
-    if isinstance(pixels, Tensor) and pixels.dim() == 5:  # padded with empty tiles or images
-        pixels = pixels.flatten(0, 1)
-        pixels = pixels[pixels.flatten(1).any(1)] if len(pixels) != blocks else pixels
-    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or len(pixels) != blocks or grids is not None:
-        shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise UnsupportedError(
-            f"pixels of shape {shape} cannot be shown to a companion as {blocks} pictures; "
-            "use similarity='llm' or a function of the view"
-        )
-    return pixels
+    def _fit(self, picture: Tensor, size: int) -> Tensor:
+        theirs, ours = _PIXELS.get(getattr(self._vision, "model_type", ""), _CLIP), _OWN_PIXELS[self.kind]
+        if theirs != ours:
+            (mean, deviation), (to_mean, to_deviation) = picture.new_tensor([theirs, ours])[..., None, None]
+            picture = (picture * deviation + mean - to_mean) / to_deviation
+        if tuple(picture.shape[-2:]) != (size, size):
+            picture = interpolate(picture, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+        return picture
+
+
+def _without_padding(pixels: Tensor, patches: Patches) -> Tensor:
+    """Pixels (images, tiles, 3, H, W) -> (blocks, 3, H, W), without the empty tiles that fill up a batch."""
+    rows = patches.rows.bincount(minlength=len(pixels)).tolist()
+    if len(rows) == len(pixels) and max(rows) <= pixels.shape[1]:  # one image in each row
+        return torch.cat([tiles[:count] for tiles, count in zip(pixels, rows)])
+    flat = pixels.flatten(0, 1)
+    return flat if len(flat) == len(patches.rows) else flat[flat.flatten(1).any(1)]
+
+
+def unfold_stream(pixels: Tensor, grids: Tensor, vision: Any) -> list[Tensor]:
+    """Pictures (3, H, W), one for each time step, of a stream of patches as Qwen-VL and GLM-4V are fed with.
+
+    Args:
+        pixels: (patches, 3 * time * p * p), groups of merge x merge neighbours following each other.
+        grids: (images, 3), time steps, height and width in patches.
+        vision: configuration of the tower.
+    """
+    merge, p, time = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
+    pictures: list[Tensor] = []
+    for (steps, h, w), part in zip(grids.tolist(), pixels.split(grids.prod(1).tolist())):
+        part = part.view(steps, h // merge, w // merge, merge, merge, 3, time, p, p)[:, :, :, :, :, :, 0]
+        pictures += part.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(steps, 3, h * p, w * p)
+    return pictures
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing

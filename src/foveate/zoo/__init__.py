@@ -1,9 +1,10 @@
 """Small trained models that ship inside the package, and the data they were trained on.
 
 * `names()`, `path(name)`: which models there are and where they lie; `foveate` commands accept them as ``zoo:NAME``.
+  "tiny-llava" answers; "tiny-clip" is its companion for methods that compare patches with the question (`clip=`).
 * `foveate.zoo.scenes`: the seeded scene renderer and question generator.
 * `foveate.zoo.easyvqa`: easy-VQA, from its PyPI package.
-* ``python -m foveate.zoo.train``: the command that trained the model.
+* ``python -m foveate.zoo.train``, ``python -m foveate.zoo.train.companion``: the commands that trained them.
 
 Importing this module imports neither torch nor transformers.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["names", "path"]
 
-_FOLDERS = {"tiny-llava": "tiny_llava"}
+_FOLDERS = {"tiny-llava": "tiny_llava", "tiny-clip": "tiny_clip"}
 
 
 def names() -> tuple[str, ...]:

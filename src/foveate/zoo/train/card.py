@@ -25,6 +25,7 @@ def write_card(target: Path, results: Mapping[str, Any]) -> None:
         "kinds": _kinds(results["kinds"]),
         "margins": _margins(results["margins"]),
         "questions": str(results["questions"]),
+        "pruned": str(results["pruned"]),
         "easy_questions": str(results["accuracy"]["easy-vqa"]["n"]),
         "foreground": f"{results['foreground']:.0%}",
         "stages": _rows((name, training[name]["steps"], f"{minutes[name]} min") for name in training),

@@ -22,16 +22,21 @@ from .loop import progress
 __all__ = ["evaluate_all", "measure"]
 
 TEST_SEED, VALIDATION_SEED = 999, 555
-BUDGETS = (64, 32, 22, 8)
+SCENES, EASY = 560, 1000
+"""Scenes of five questions each (so that every kind is asked 200 times), and easy-VQA questions."""
+PRUNED = 1500
+"""How many of the scene questions are asked again with few tokens."""
+BUDGETS = (64, 22, 8)
 DRAWS = 3
 LAYERS = (0, 1)
+EASY_CHOICES = ("random", "CLS attention, last layer", "asked objects")
 REMOVED = 22
 """The budget at which margins are stated: 22 of 196 tokens, 11 %."""
 
 
 def evaluate_all(folder: Path, run: Path, steps: Mapping[str, int]) -> dict[str, Any]:
     """Measure on the test splits and keep the result in ``run/results.json``."""
-    results = measure(folder, scenes(400, TEST_SEED), easyvqa(count=1000, seed=TEST_SEED))
+    results = measure(folder, scenes(SCENES, TEST_SEED), easyvqa(count=EASY, seed=TEST_SEED))
     results["training"] = {name: progress(run, name) | {"steps": count} for name, count in steps.items()}
     results["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, no GPU"
     (run / "results.json").write_text(json.dumps(results, indent=1))
@@ -40,17 +45,19 @@ def evaluate_all(folder: Path, run: Path, steps: Mapping[str, int]) -> dict[str,
 
 def measure(folder: Path, own: list[Sample], easy: list[Sample]) -> dict[str, Any]:
     """Accuracy by kind on scenes and easy-VQA; accuracy under pruning and margins on scenes."""
-    bench, easy_bench = Bench(folder, own), Bench(folder, easy)
-    full, easy_full = bench.full(), easy_bench.full()
-    accuracy = {"overall": _summary(full)}
-    accuracy |= {kind: _summary(full[bench.kinds == kind]) for kind in KINDS}
-    accuracy["easy-vqa"] = _summary(easy_full)
+    whole, easy_bench = Bench(folder, own), Bench(folder, easy)
+    right = whole.full()
+    accuracy = {"overall": _summary(right)}
+    accuracy |= {kind: _summary(right[whole.kinds == kind]) for kind in KINDS}
+    accuracy["easy-vqa"] = _summary(easy_bench.full())
+    bench, full = Bench(folder, own[:PRUNED]), right[:PRUNED]
     before = _table(bench, BEFORE, -1)
     after = {layer: _table(bench, AFTER, layer) for layer in LAYERS}
-    easy_before = _table(easy_bench, BEFORE, -1)
+    easy_before = _table(easy_bench, EASY_CHOICES, -1)
     return {
         "accuracy": accuracy,
         "questions": len(own),
+        "pruned": len(bench.samples),
         "foreground": float(bench.objects.float().mean()),
         "before": _means(before),
         "after": {str(layer): _means(table) for layer, table in after.items()},
@@ -115,8 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a checkpoint of the zoo.")
     parser.add_argument("folder", type=Path, nargs="?", default=path("tiny-llava"))
     parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--scenes", type=int, default=400)
-    parser.add_argument("--easy", type=int, default=1000)
+    parser.add_argument("--scenes", type=int, default=SCENES)
+    parser.add_argument("--easy", type=int, default=EASY)
     options = parser.parse_args()
     seed = TEST_SEED if options.split == "test" else VALIDATION_SEED
     own = scenes(options.scenes, seed, split=options.split)

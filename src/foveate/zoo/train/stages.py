@@ -151,7 +151,8 @@ def joint(place: Place, steps: int, batch: int = 5, extra: int = 3) -> None:
         return answers + 0.3 * seen + 0.1 * distance, {**parts, **report, **kinds}
 
     modules = {"tower": tower, "heads": heads, "projector": projector, "model": model.model.language_model}
-    rates = {"tower": 4e-4, "heads": 4e-4, "projector": 5e-4, "model": 4e-4}
+    # Twice these rates first undid, for a few hundred steps, what the parts had learnt apart.
+    rates = {"tower": 1.5e-4, "heads": 1.5e-4, "projector": 2e-4, "model": 2e-4}
     Stage("joint", steps, modules, rates, loss).run(place)
 
 

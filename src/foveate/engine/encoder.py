@@ -1,0 +1,521 @@
+"""Fewer tokens inside encoder-style VLMs, where image and text meet in the layers: ViLT, METER, BridgeTower.
+
+No KV cache and no frame here: hooks shorten the hidden states between the attention and the MLP of a layer, and every
+attention runs through `attend`, which knows what is left. `EncoderSession` is what `apply` returns for such methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop_out
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..ops.attention import attention_rows
+from ..ops.pumer import Reduction, masked_softmax
+from ..reduction import OptionError, UnsupportedError
+
+__all__ = ["CrossModal", "EncoderAnatomy", "EncoderMethod", "EncoderSession", "EncoderTrace", "resolve_encoder"]
+
+_MARK = "_foveate_session"
+_ROUTE = "foveate_encoder"
+_LISTENER = "_foveate_encoder"
+_READS_TEXT = ("ForMaskedLM", "ForTokenClassification")
+"""Heads that expect one state for each text token."""
+
+
+@dataclass(frozen=True)
+class EncoderAnatomy:
+    """The parts of an encoder-style VLM.
+
+    Attributes:
+        model: what the user handed over.
+        base: the module that embeds image and text and owns the layers.
+        text_layers: all layers of a single-stream model (ViLT); else the text side of the co-attention layers.
+        image_layers: the image side of the co-attention layers; empty for a single stream.
+    """
+
+    model: Any
+    base: Any
+    text_layers: tuple[Any, ...]
+    image_layers: tuple[Any, ...]
+
+    @property
+    def joint(self) -> bool:
+        """Image and text are one sequence."""
+        return not self.image_layers
+
+    @property
+    def depth(self) -> int:
+        """Layers in which image and text meet."""
+        return len(self.text_layers)
+
+
+def resolve_encoder(model: Any) -> EncoderAnatomy:
+    """The parts of a model.
+
+    Raises:
+        UnsupportedError: image and text do not meet in encoder layers, or not in a known way.
+    """
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    if family == "vilt" and hasattr(base, "encoder"):
+        return EncoderAnatomy(model, base, tuple(base.encoder.layer), ())
+    if family in ("meter", "bridgetower") and hasattr(base, "cross_modal_text_layers"):
+        return EncoderAnatomy(model, base, tuple(base.cross_modal_text_layers), tuple(base.cross_modal_image_layers))
+    raise UnsupportedError(
+        f"{type(model).__name__}: this method works where image and text meet in encoder layers (ViLT, METER, "
+        "BridgeTower); for a VLM with a language model use another one, e.g. FastV or SparseVLM"
+    )
+
+
+@dataclass
+class CrossModal:
+    """What a method sees in a layer where text attends to the image: B rows, L text and N image tokens.
+
+    Attributes:
+        text_mask: (B, L), 1 for text, 0 for padding, in the official code fractions between.
+        image_mask: (B, N) bool. The class token of the image is at place 0.
+        text_key, image_key: (B, L, d), (B, N, d): keys, averaged over the heads, by which tokens may be compared with
+            others of their kind.
+        text_query: (B, L, d) queries of the text, averaged over the heads.
+        text_score_key: keys of the text in the attention over the image, (B, L, d).
+        rows: attention of the text to the image, (B, H, L, N), softmax over all that the text sees; called with True
+            for the first head alone, (B, 1, L, N).
+        joint: image and text are one sequence.
+    """
+
+    text_mask: Tensor
+    image_mask: Tensor
+    text_key: Tensor
+    image_key: Tensor
+    text_query: Tensor
+    text_score_key: Callable[[], Tensor]
+    rows: Callable[[bool], Tensor]
+    joint: bool
+
+
+@runtime_checkable
+class EncoderMethod(Protocol):
+    """A method that works inside encoder layers.
+
+    Attributes:
+        faithful: attention as in the official code.
+    """
+
+    faithful: bool
+
+    def merges_text(self, anatomy: EncoderAnatomy) -> bool:
+        """Whether the text gets shorter."""
+
+    def encoder_layers(self, anatomy: EncoderAnatomy) -> frozenset[int]:
+        """Layers in which tokens are reduced; empty if there is nothing to do at all."""
+
+    def reduce(self, seen: CrossModal) -> tuple[Reduction | None, Reduction | None]:
+        """What becomes of the image tokens and of the text tokens; None: they stay as they are."""
+
+
+@dataclass
+class EncoderTrace:
+    """Record of one pass of an image-text pair batch (NLVR2 makes two passes, one for each image).
+
+    Attributes:
+        visual: per layer (B,) long, image tokens that entered it, class token and merged ones included.
+        text: per layer (B,) long, text tokens that entered it.
+        places: layer -> (B, N) long: the place in the image, after this layer, of each token of the full image; -1 if
+            it was dropped. Equal places are one merged token; class token at 0.
+    """
+
+    visual: list[Tensor] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
+    places: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers in which image and text meet."""
+        return len(self.visual)
+
+    @property
+    def visual_tokens(self) -> Tensor:
+        """LongTensor (B, n_layers)."""
+        return torch.stack(self.visual, 1)
+
+    @property
+    def text_tokens(self) -> Tensor:
+        """LongTensor (B, n_layers)."""
+        return torch.stack(self.text, 1)
+
+    @property
+    def mean_visual_tokens(self) -> Tensor:
+        """(B,) mean over the layers of the image tokens that entered them."""
+        return self.visual_tokens.float().mean(1)
+
+
+@dataclass
+class _Pass:
+    """State of one call of the base model. Masks are those of what is left now."""
+
+    text_mask: Tensor
+    image_mask: Tensor | None
+    maps: bool
+    """Whether the caller wants attention maps."""
+    trace: EncoderTrace = field(default_factory=EncoderTrace)
+    text_before: Tensor | None = None
+    """Mask of the text as it entered the present layer."""
+    text_map: Reduction | None = None
+    image_map: Reduction | None = None
+    image_reduction: Reduction | None = None
+    """Waits for the image side of the present layer."""
+    text_key: Tensor | None = None
+    seen: CrossModal | None = None
+    reduced: Tensor | None = None
+
+    def images(self, count: int, like: Tensor) -> Tensor:
+        """(B, N) bool; nothing is padding until something else is known."""
+        if self.image_mask is None:
+            self.image_mask = torch.ones(like.shape[0], count, dtype=torch.bool, device=like.device)
+        return self.image_mask
+
+    def enter(self) -> None:
+        assert self.image_mask is not None
+        self.trace.visual.append((self.image_mask > 0).sum(1))
+        self.trace.text.append((self.text_mask > 0).sum(1))
+        self.text_before = self.text_mask
+
+    def reduce(self, method: EncoderMethod, layer: int) -> tuple[Reduction | None, Reduction | None]:
+        assert self.seen is not None
+        image, text = method.reduce(self.seen)
+        self.seen = self.text_key = None
+        if image is not None:
+            self.image_mask = image.mask
+            self.image_map = image if self.image_map is None else self.image_map.then(image)
+        if text is not None:
+            self.text_mask = text.mask
+            self.text_map = text if self.text_map is None else self.text_map.then(text)
+        if self.image_map is not None:
+            self.trace.places[layer] = self.image_map.origin()
+        return image, text
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, dropout: float, official: bool, maps: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention under a mask of the keys.
+
+    Args:
+        query: (B, H, Q, d).  key, value: (B, H, N, d).
+        mask: (B, N), true or above 0 where a key may be seen.
+        official: PuMer's own softmax instead of SDPA.
+        maps: return the probabilities as well.
+
+    Returns:
+        (B, Q, H, d), and (B, H, Q, N) or None.
+    """
+    if not (official or maps):
+        seen = None if bool(mask.all()) else mask.bool()[:, None, None]
+        out = scaled_dot_product_attention(query, key, value, seen, dropout, scale=scaling)
+        return out.transpose(1, 2), None
+    logits = query @ key.transpose(2, 3) * scaling
+    if official:
+        weights = masked_softmax(logits, mask)
+    else:
+        weights = logits.masked_fill(~mask.bool()[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
+    weights = drop_out(weights, dropout)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _rows(query: Tensor, key: Tensor, mask: Tensor, scaling: float, first: int, one_head: bool) -> Tensor:
+    """(B, H, L, N): attention of all queries over the keys from place `first` on."""
+    heads = 1 if one_head else query.shape[1]
+    everyone = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+    allowed = mask.bool()[:, None].expand(-1, query.shape[2], -1)
+    return attention_rows(query[:, :heads], key[:, :heads], everyone, allowed, None, scaling, None)[..., first:]
+
+
+def _routed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    return module.__dict__[_LISTENER](module, query, key, value, attention_mask, **kwargs)
+
+
+class EncoderSession:
+    """One method at work in one encoder-style VLM. Made by `apply`; a context manager; not thread-safe.
+
+    Attributes:
+        traces: one record for each pass of the last call of the model.
+
+    Raises:
+        UnsupportedError: the model is of another kind, has a session already, or its head needs every text token.
+    """
+
+    def __init__(self, model: nn.Module, reducer: EncoderMethod):
+        self.anatomy = resolve_encoder(model)
+        if _MARK in self.anatomy.base.__dict__:
+            raise UnsupportedError("a session is applied to this model already; remove it first")
+        self.reducer, self.traces = reducer, list[EncoderTrace]()
+        self.layers = reducer.encoder_layers(self.anatomy)
+        beyond = [layer for layer in self.layers if not 0 <= layer < self.anatomy.depth]
+        if beyond:
+            raise OptionError(f"layer {beyond[0]} does not exist, the model has {self.anatomy.depth} (from 0 on)")
+        name = type(model).__name__
+        if self.layers and reducer.merges_text(self.anatomy) and name.endswith(_READS_TEXT):
+            raise UnsupportedError(f"{name} needs a state for every text token; use merge_text=0")
+        self._undo: list[Callable[[], None]] = []
+        self._pass: _Pass | None = None
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def trace(self) -> EncoderTrace | None:
+        """Record of the last pass; None before the first."""
+        return self.traces[-1] if self.traces else None
+
+    def __enter__(self) -> EncoderSession:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the model back as it was. Calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        self._pass = None
+
+    def begin(self, text_mask: Tensor, image_mask: Tensor | None = None, maps: bool = False) -> None:
+        """Start a pass; the model does so itself. For layers that are called on their own.
+
+        Args:
+            text_mask: (B, L), 1 for text.
+            image_mask: (B, N), or None: no padding.
+            maps: the caller wants attention maps.
+        """
+        text_mask = text_mask if self.reducer.faithful else text_mask > 0
+        self._pass = _Pass(text_mask, None if image_mask is None else image_mask > 0, maps)
+        self.traces.append(self._pass.trace)
+
+    # ------------------------------------------------------------------------------------------------ installing
+    def _install(self) -> None:
+        parts, base = self.anatomy, self.anatomy.base
+        base.__dict__[_MARK] = self
+        self._undo.append(lambda: base.__dict__.pop(_MARK, None))
+        if parts.model is not base:
+            self._hook(parts.model.register_forward_pre_hook(self._model_called))
+        self._hook(base.register_forward_pre_hook(self._base_called, with_kwargs=True))
+        self._hook(base.register_forward_hook(self._base_done, always_call=True))
+        if parts.joint:
+            self._hook(base.embeddings.register_forward_hook(self._embedded))
+        for i, layer in enumerate(parts.text_layers):
+            self._hook(layer.register_forward_pre_hook(self._layer_called, with_kwargs=True))
+            if not self.layers:
+                continue
+            if parts.joint:
+                self._install_joint(i, layer)
+            else:
+                self._install_cross(i, layer, parts.image_layers[i])
+        for name in ("text", "image") if self.layers else ():
+            towers = getattr(base, f"cross_modal_{name}_link_tower", None)
+            for tower in towers if isinstance(towers, nn.ModuleList) else [towers] if towers is not None else []:
+                self._hook(tower.register_forward_pre_hook(functools.partial(self._bridge, name)))
+
+    def _hook(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+    def _install_joint(self, index: int, layer: Any) -> None:
+        attention = layer.attention.attention
+        attention.__dict__["forward"] = functools.partial(self._joint_attention, index, attention)
+        self._undo.append(lambda: attention.__dict__.pop("forward", None))
+        if index in self.layers:
+            self._hook(layer.layernorm_after.register_forward_pre_hook(functools.partial(self._between, index)))
+            self._hook(layer.output.register_forward_pre_hook(self._residual))
+
+    def _install_cross(self, index: int, text_layer: Any, image_layer: Any) -> None:
+        for side, layer in (("text", text_layer), ("image", image_layer)):
+            for kind in ("attention", "crossattention"):
+                self._route(getattr(layer, kind).self, functools.partial(self._cross_attention, index, side, kind))
+        if index in self.layers:
+            self._hook(text_layer.crossattention.register_forward_hook(functools.partial(self._crossed, index)))
+            self._hook(image_layer.register_forward_pre_hook(self._image_layer_called, with_kwargs=True))
+
+    def _route(self, module: Any, listener: Callable[..., Any]) -> None:
+        if _ROUTE not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(_ROUTE, _routed)
+        original = module.config
+        module.config = copy.copy(original)
+        module.config._attn_implementation_internal = _ROUTE
+        module.__dict__[_LISTENER] = listener
+
+        def undo() -> None:
+            module.config = original
+            module.__dict__.pop(_LISTENER, None)
+
+        self._undo.append(undo)
+
+    # ----------------------------------------------------------------------------------------------- one call
+    def _model_called(self, module: nn.Module, args: tuple) -> None:
+        self.traces.clear()
+
+    def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("token reduction depends on the data; call the model without torch.compile")
+        layers = (*self.anatomy.text_layers, *self.anatomy.image_layers)
+        if module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            raise UnsupportedError("gradient checkpointing runs layers twice; switch it off to reduce tokens")
+        if module is self.anatomy.model:
+            self.traces.clear()
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        wanted = given.get("output_attentions")
+        maps = bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted)
+        if self.anatomy.joint:
+            self._maps = maps
+            return
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        if mask is None and ids is not None:
+            mask = torch.ones_like(ids)
+        if mask is not None:
+            self.begin(mask, None, maps)
+
+    def _embedded(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+        length = args[1].shape[1]
+        self.begin(output[1][:, :length], output[1][:, length:], self._maps)
+
+    def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._pass = None
+
+    def _layer_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._pass is None:
+            return
+        if not self.anatomy.joint:
+            image = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+            self._pass.images(image.shape[1], image)
+        self._pass.enter()
+
+    # --------------------------------------------------------------------------------------------- single stream
+    def _joint_attention(
+        self, index: int, module: Any, hidden_states: Tensor, attention_mask: Any = None, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        now, official = self._pass, self.reducer.faithful
+        if now is None:
+            return type(module).forward(module, hidden_states, attention_mask, output_attentions)
+        assert now.image_mask is not None
+        shape = (*hidden_states.shape[:2], -1, module.attention_head_size)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (module.query, module.key, module.value)
+        )
+        mask, length = torch.cat([now.text_mask, now.image_mask.to(now.text_mask.dtype)], 1), now.text_mask.shape[1]
+        scaling, dropout = module.attention_head_size**-0.5, module.dropout.p if module.training else 0.0
+        out, weights = attend(query, key, value, mask, scaling, dropout, official, output_attentions)
+        if index in self.layers:
+            keys = key.mean(1)
+
+            def rows(one_head: bool) -> Tensor:
+                if official and weights is not None:
+                    return weights[:, : 1 if one_head else None, :length, length:]
+                return _rows(query[:, :, :length], key, mask, scaling, length, one_head)
+
+            now.seen = CrossModal(
+                now.text_mask, now.image_mask, keys[:, :length], keys[:, length:], query[:, :, :length].mean(1),
+                lambda: keys[:, :length], rows, True,
+            )  # fmt: skip
+        out = out.reshape(hidden_states.shape[:2] + (-1,))
+        return (out, weights) if output_attentions and weights is not None else (out,)
+
+    def _between(self, index: int, module: nn.Module, args: tuple) -> tuple | None:
+        """Before the MLP's norm: fewer tokens enter."""
+        now = self._pass
+        if now is None:
+            return None
+        hidden, length = args[0], now.text_mask.shape[1]
+        image, text = now.reduce(self.reducer, index)
+        if image is None and text is None:
+            return None
+        parts = (hidden[:, :length], text), (hidden[:, length:], image)
+        now.reduced = torch.cat([x if reduction is None else reduction.apply(x) for x, reduction in parts], 1)
+        return (now.reduced, *args[1:])
+
+    def _residual(self, module: nn.Module, args: tuple) -> tuple | None:
+        """The MLP's output is added to the tokens that entered it."""
+        now = self._pass
+        if now is None or now.reduced is None:
+            return None
+        reduced, now.reduced = now.reduced, None
+        return (args[0], reduced, *args[2:])
+
+    # ----------------------------------------------------------------------------------------------- co-attention
+    def _cross_attention(
+        self, index: int, side: str, kind: str, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        now = self._pass
+        if now is None:
+            raise UnsupportedError("a layer of this model was called on its own; call the model, or begin() first")
+        to_text = (side == "text") == (kind == "attention")
+        masks = (now.text_mask, now.text_before) if to_text else (now.image_mask,)
+        # A text that merged is shorter, so its length tells which of the two the image looks at.
+        mask = next(mask for mask in masks if mask is not None and mask.shape[1] == key.shape[2])
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        official = self.reducer.faithful
+        out, weights = attend(query, key, value, mask, scaling, dropout, official, now.maps)
+        if side == "text" and index in self.layers:
+            if kind == "attention":
+                now.text_key = key.mean(1)
+            else:
+                self._see(module, now, query, key, mask, scaling, weights if official else None)
+        return out.contiguous(), weights
+
+    def _see(
+        self, module: Any, now: _Pass, query: Tensor, key: Tensor, mask: Tensor, scaling: float, weights: Tensor | None
+    ) -> None:
+        assert now.text_key is not None
+
+        def rows(one_head: bool) -> Tensor:
+            if weights is not None:
+                return weights[:, :1] if one_head else weights
+            return _rows(query, key, mask, scaling, 0, one_head)
+
+        def score_key() -> Tensor:
+            return module.key(now_text()).unflatten(2, (-1, query.shape[-1])).mean(2)
+
+        text: list[Tensor] = []
+        now_text = text.pop
+        now.seen = CrossModal(
+            now.text_mask, mask, now.text_key, key.mean(1), query.mean(1), score_key, rows, False
+        )
+        self._text_states = text
+
+    def _crossed(self, index: int, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        """After the text has looked at the image, before its MLP."""
+        now = self._pass
+        if now is None:
+            return None
+        now.image_reduction, text = now.reduce(self.reducer, index)
+        return None if text is None else (text.apply(output[0]), *output[1:])
+
+    def _image_layer_called(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        now = self._pass
+        if now is None or now.image_reduction is None:
+            return None
+        reduction, now.image_reduction = now.image_reduction, None
+        if args:
+            return (reduction.apply(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": reduction.apply(kwargs["hidden_states"])}
+
+    def _bridge(self, name: str, module: nn.Module, args: tuple) -> tuple | None:
+        """BridgeTower adds states of its single-modality towers, whose tokens go where those before them went."""
+        now = self._pass
+        reduction = None if now is None else now.text_map if name == "text" else now.image_map
+        return None if reduction is None else (reduction.apply(args[0]), *args[1:])

@@ -1,9 +1,10 @@
 """What the engine costs: every reduction against the fastest run that its token counts allow.
 
-The ceiling ("reachable") is not the FLOPs ratio, since short sequences run at lower efficiency, but the unpatched layers
-on a physically shorter sequence: for removal before layer 0 the unpatched model on the shorter prompt, for removal
-inside the decoder a hand-written loop over its layers that cuts the hidden states. Random weights: this measures speed,
-never accuracy. Process CPU time of one thread, runs interleaved in random order, minimum and median of paired ratios.
+The ceiling ("reachable") is not the FLOPs ratio, since short sequences run at lower efficiency, but the unpatched
+layers on a physically shorter sequence: for removal before layer 0 the unpatched model on the shorter prompt, for
+removal inside the decoder a hand-written loop over its layers that cuts the hidden states. Random weights: this
+measures speed, never accuracy. Process CPU time of one thread, runs interleaved in random order, minimum and median of
+paired ratios.
 
     python benchmarks/speed.py --repeats 12 --json benchmarks/results/speed.json
 """
@@ -209,7 +210,8 @@ def peak_megabytes(layers: int, name: str) -> float:
 
 
 def machine() -> str:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{model}, 1 thread, torch {torch.__version__}, transformers {transformers.__version__}, {platform.system()}"
 
 

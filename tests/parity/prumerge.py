@@ -45,6 +45,8 @@ def _tokens(golden: Golden) -> None:
     )
     if adaptive:
         golden.compare("reduction_ratio", _ratio(attention), rtol=1e-6)
+    else:
+        assert _ratio(attention) != ratio, "if_adaptive: this is the share of outliers"
     golden.compare("num_topk", int(tokens * ratio))
     place = compare_ranking(golden, "selected_idx", official_selection(attention, ratio, plus, adaptive), attention)
     reducer = (PruMergePlus if plus else PruMerge)(keep=None if adaptive else ratio, faithful=True)

@@ -25,21 +25,22 @@ def outliers(a: list[float], alive: list[int]) -> int:
     return int(upper_outliers(values, torch.ones_like(values, dtype=torch.bool)))
 
 
-def twin(plus: bool, neighbours: int = 32, mean: bool = True, extra: bool = False):
+def twin(plus: bool, neighbours: int = 32, mean: bool = False, extra: bool = False):
     def decide(view, block: int, budget: int):
         low, high = layers(view)
         a, alive = tower.attention(view, high, block), tower.tokens(view, block)
         x, _ = tower.states(view, low, block)
         key = view.vision[high].key[block].flatten(1)
         found = outliers(a, alive)
-        if budget < 0:
+        fixed = budget >= 0
+        if not fixed:
             if plus:
                 budget = min(len(alive), 4 * found if found else -(-len(alive) // 16))
             else:
                 budget = min(len(alive), max(found, 1))
         pooled = extra and 1 < budget < len(alive)
         wanted = budget - pooled
-        kept = tower.best(alive, a, min(found, wanted) if plus else wanted)
+        kept = tower.best(alive, a, min(found, -(-wanted // 2) if fixed else wanted) if plus else wanted)
         if plus:
             others = [j for j in alive if j not in kept]
             even = evenly_spaced(torch.ones(1, len(others), dtype=torch.bool), torch.tensor([wanted - len(kept)]))[0]
@@ -72,8 +73,9 @@ def test_prumerge_plus(name: str):
     assert trace.visual_tokens[:, 0].tolist() == [sum(round(n / 2) for n in row) for row in images]
 
 
-def test_sums_and_the_additional_token():
-    tower.check("llava", PruMerge(keep=5, merge="sum", extra=True), twin(False, 32, False, True), 5)
+def test_means_and_the_additional_token():
+    tower.check("llava", PruMerge(keep=5, merge="mean", extra=True), twin(False, 32, True, True), 5)
+    tower.check("llava", PruMerge(keep=5, merge="mean"), twin(False, 32, True), 5)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])

@@ -175,6 +175,8 @@ class _Pass:
     image_reduction: Reduction | None = None
     """Waits for the image side of the present layer."""
     text_key: Tensor | None = None
+    text_states: Tensor | None = None
+    """What looks at the image in the present layer."""
     seen: CrossModal | None = None
     reduced: Tensor | None = None
 
@@ -193,7 +195,7 @@ class _Pass:
     def reduce(self, method: EncoderMethod, layer: int) -> tuple[Reduction | None, Reduction | None]:
         assert self.seen is not None
         image, text = method.reduce(self.seen)
-        self.seen = self.text_key = None
+        self.seen = self.text_key = self.text_states = None
         if image is not None:
             self.image_mask = image.mask
             self.image_map = image if self.image_map is None else self.image_map.then(image)
@@ -270,6 +272,7 @@ class EncoderSession:
             raise UnsupportedError(f"{name} needs a state for every text token; use merge_text=0")
         self._undo: list[Callable[[], None]] = []
         self._pass: _Pass | None = None
+        self._maps = False
         try:
             self._install()
         except BaseException:
@@ -345,6 +348,7 @@ class EncoderSession:
             for kind in ("attention", "crossattention"):
                 self._route(getattr(layer, kind).self, functools.partial(self._cross_attention, index, side, kind))
         if index in self.layers:
+            self._hook(text_layer.crossattention.register_forward_pre_hook(self._text_looks))
             self._hook(text_layer.crossattention.register_forward_hook(functools.partial(self._crossed, index)))
             self._hook(image_layer.register_forward_pre_hook(self._image_layer_called, with_kwargs=True))
 
@@ -486,14 +490,14 @@ class EncoderSession:
             return _rows(query, key, mask, scaling, 0, one_head)
 
         def score_key() -> Tensor:
-            return module.key(now_text()).unflatten(2, (-1, query.shape[-1])).mean(2)
+            assert now.text_states is not None
+            return module.key(now.text_states).unflatten(2, (-1, query.shape[-1])).mean(2)
 
-        text: list[Tensor] = []
-        now_text = text.pop
-        now.seen = CrossModal(
-            now.text_mask, mask, now.text_key, key.mean(1), query.mean(1), score_key, rows, False
-        )
-        self._text_states = text
+        now.seen = CrossModal(now.text_mask, mask, now.text_key, key.mean(1), query.mean(1), score_key, rows, False)
+
+    def _text_looks(self, module: nn.Module, args: tuple) -> None:
+        if self._pass is not None:
+            self._pass.text_states = args[0]
 
     def _crossed(self, index: int, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
         """After the text has looked at the image, before its MLP."""

@@ -143,7 +143,7 @@ def pair_places(
     best, partner = likeness.max(2)
     # Unused tokens rank last, behind the protected one.
     best = best.masked_fill(~used[:, ::2], -torch.inf)
-    rank = best.argsort(1, descending=True, stable=True).argsort(1)
+    rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     source = rank < r[:, None]
     alone = used[:, ::2] & ~source
     after = alone.sum(1, keepdim=True)
@@ -233,7 +233,7 @@ def reduce_image(
     ranked = scores.float().masked_fill(~mask.bool(), -torch.inf)
     if protect_class:
         ranked[:, 0] = torch.inf
-    order = ranked.argsort(1, descending=True, stable=True)[:, :longest]
+    order = ranked.argsort(dim=1, descending=True, stable=True)[:, :longest]
     likeness = None
     if any(r):
         value = scores.float().gather(1, order)
@@ -272,7 +272,7 @@ def reduce_text(key: Tensor, mask: Tensor, merge: float, count_padding: bool = F
     if count_padding:
         order = torch.arange(length, device=key.device).expand(batch, -1)
     else:
-        order = (mask > 0).to(torch.int8).argsort(1, descending=True, stable=True)[:, : max(count)]
+        order = (mask > 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(count)]
     likeness = _likeness(key.gather(1, order[..., None].expand(-1, -1, key.shape[2])))
     place, weight, used = _merged(likeness, count, r, order.shape[1], key.device, True)
     all_places = torch.zeros(batch, length, dtype=torch.long, device=key.device).scatter(1, order, place)

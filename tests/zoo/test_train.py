@@ -1,10 +1,13 @@
 """The training code: packing changes nothing, a restart changes nothing, labels say what is there."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from foveate.zoo import scenes
+from foveate.zoo.easyvqa import easyvqa
 from foveate.zoo.train import examples, loop
 from foveate.zoo.train.answering import answer_loss, pack
 from foveate.zoo.train.evaluate import margin
@@ -82,8 +85,9 @@ def test_every_word_of_the_data_is_known():
     assert len(set(VOCABULARY)) == len(VOCABULARY)
 
 
-def test_heads_and_symbols_take_easyvqa_images(model):
+def test_heads_and_symbols_take_easyvqa_images(model, monkeypatch):
     pytest.importorskip("easy_vqa")
+    monkeypatch.setattr(examples, "_easy_images", functools.cache(lambda: examples._by_image(easyvqa(count=100))))
     rng = np.random.default_rng(0)
     batch = [examples.easy(rng, 3) for _ in range(4)]
     labels = torch.from_numpy(np.stack([example.labels for example in batch]))

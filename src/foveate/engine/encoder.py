@@ -137,6 +137,9 @@ class EncoderTrace:
     visual: list[Tensor] = field(default_factory=list)
     text: list[Tensor] = field(default_factory=list)
     places: dict[int, Tensor] = field(default_factory=dict)
+    patches: Tensor | None = None
+    """(B, N - 1, 2) long: row and column of each token but the class token. ViLT shuffles its patches in some batches;
+    None for the others, whose patches lie row by row."""
 
     @property
     def n_layers(self) -> int:
@@ -273,6 +276,7 @@ class EncoderSession:
         self._undo: list[Callable[[], None]] = []
         self._pass: _Pass | None = None
         self._maps = False
+        self._patches: Tensor | None = None
         try:
             self._install()
         except BaseException:
@@ -319,6 +323,7 @@ class EncoderSession:
         self._hook(base.register_forward_hook(self._base_done, always_call=True))
         if parts.joint:
             self._hook(base.embeddings.register_forward_hook(self._embedded))
+            self._watch_patches(base.embeddings)
         for i, layer in enumerate(parts.text_layers):
             self._hook(layer.register_forward_pre_hook(self._layer_called, with_kwargs=True))
             if not self.layers:
@@ -334,6 +339,18 @@ class EncoderSession:
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
+
+    def _watch_patches(self, embeddings: Any) -> None:
+        embed = embeddings.visual_embed
+
+        @functools.wraps(embed)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            embedded = embed(*args, **kwargs)
+            self._patches = embedded[2][0]
+            return embedded
+
+        embeddings.__dict__["visual_embed"] = watched
+        self._undo.append(lambda: embeddings.__dict__.pop("visual_embed", None))
 
     def _install_joint(self, index: int, layer: Any) -> None:
         attention = layer.attention.attention
@@ -394,6 +411,7 @@ class EncoderSession:
     def _embedded(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
         length = args[1].shape[1]
         self.begin(output[1][:, :length], output[1][:, length:], self._maps)
+        self.traces[-1].patches, self._patches = self._patches, None
 
     def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._pass = None

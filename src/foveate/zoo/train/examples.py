@@ -144,9 +144,13 @@ def _truth(rows: list[tuple[str, str]]) -> tuple[str | None, str | None]:
 
 @functools.cache
 def _easy_images() -> list[tuple[Image.Image, np.ndarray, list[tuple[str, str]]]]:
-    """Per training image: the picture, its object mask (G, G), its (question, answer) rows."""
+    return _by_image(easyvqa.easyvqa("train"))
+
+
+def _by_image(samples: list[scenes.Sample]) -> list[tuple[Image.Image, np.ndarray, list[tuple[str, str]]]]:
+    """Per image: the picture, its object mask (G, G), its (question, answer) rows."""
     images: dict[int | str, tuple[Image.Image, np.ndarray, list[tuple[str, str]]]] = {}
-    for sample in easyvqa.easyvqa("train"):
+    for sample in samples:
         mask = np.zeros((GRID, GRID), bool) if sample.asked is None else sample.asked
         _, _, rows = images.setdefault(sample.image_id, (sample.image, mask, []))
         rows.append((sample.question, sample.answer))

@@ -16,6 +16,7 @@ ROOT = Path(foveate.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 MAY_IMPORT = {
+    "models": {"ops", "reduction", "models"},
     "ops": {"ops"},
     "reduction": {"reduction"},
     "reducers": {"ops", "reduction", "reducers"},

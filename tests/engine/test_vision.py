@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.families import FAMILIES, build, inputs
 
 import foveate
 from foveate.engine.anatomy import resolve
 from foveate.reduction import View, VisionSpec
-from tests.families import FAMILIES, build, inputs
 
 SPEC = VisionSpec(features=True, key=True, query=True)
 

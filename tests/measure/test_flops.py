@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 import transformers as hf
-from tests import families
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
@@ -22,6 +21,7 @@ from foveate.measure import (
     schedule,
 )
 from foveate.reduction import BudgetError, Decision, OptionError, Reducer, UnsupportedError
+from tests import families
 
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 256}
 DECODERS = {

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import transformers as hf
-from tests import families
 
 from foveate.measure import PRESETS, Geometry
+from tests import families
 
 
 def test_presets_are_consistent():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.reference.pumer import image_groups, pooled, text_groups
 
 from foveate.ops.bipartite import soft_matching
 from foveate.ops.pumer import (
@@ -15,7 +16,6 @@ from foveate.ops.pumer import (
     reduce_text,
     token_counts,
 )
-from tests.reference.pumer import image_groups, pooled, text_groups
 
 SETTINGS = [(0.1, 0.3), (0.3, 0.5), (0.0, 0.4), (0.4, 0.0), (0.9, 0.9)]
 
@@ -88,9 +88,7 @@ def test_the_official_matching_is_the_shared_one(tokens: int) -> None:
 def test_two_reductions_are_one() -> None:
     scores, x = random(2, 30), random(2, 30, 6, seed=1)
     first = reduce_image(scores, random(2, 30, 4, seed=2), torch.ones(2, 30, dtype=torch.bool), 0.2, 0.3)
-    second = reduce_image(
-        random(2, first.length), random(2, first.length, 4, seed=3), first.mask, 0.1, 0.4
-    )
+    second = reduce_image(random(2, first.length), random(2, first.length, 4, seed=3), first.mask, 0.1, 0.4)
     both = first.then(second)
     assert torch.allclose(both.apply(x), second.apply(first.apply(x)), atol=1e-6)
     dropped = (both.weight == 0).sum(1)
@@ -131,7 +129,8 @@ def test_scores_count_what_they_should() -> None:
     assert torch.allclose(scores[0], rows[0].mean(0).mean(0))
     assert torch.allclose(scores[1], rows[1, :, :2].mean(0).mean(0))
     text, image = random(2, 4, 3), random(2, 5, 3, seed=1)
-    assert torch.allclose(key_scores(text, image, counted, counted.sum(1))[1], image[1] @ text[1, :2].mean(0), atol=1e-6)
+    by_keys = key_scores(text, image, counted, counted.sum(1))
+    assert torch.allclose(by_keys[1], image[1] @ text[1, :2].mean(0), atol=1e-6)
 
 
 def test_official_softmax_sees_itself_and_fractions() -> None:

@@ -25,7 +25,7 @@ def check(path: Path) -> None:
     golden = Golden(path)
     if "class_token" in golden:
         _matching(golden)
-    elif "out_tip_sum" in golden:
+    elif "out_tip_sum" in golden or "out_diff_sum" in golden:
         _added(golden)
     elif "attn_in" in golden:
         golden.compare("out", masked_softmax(golden["attn_in"], golden["mask"]), ATOL, RTOL)
@@ -73,6 +73,11 @@ def _weights(golden: Golden) -> dict[str, Tensor]:
     return {name[len(PREFIX) :].replace("__", "."): golden[name] for name in golden.arrays if name.startswith(PREFIX)}
 
 
+def _load(layer: nn.Module, state: dict[str, Tensor]) -> None:
+    assert state.keys() == layer.state_dict().keys(), sorted(state.keys() ^ layer.state_dict().keys())
+    layer.load_state_dict(state)
+
+
 def _inputs_of(module: nn.Module, seen: list[Tensor]) -> Any:
     return module.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
 
@@ -80,10 +85,10 @@ def _inputs_of(module: nn.Module, seen: list[Tensor]) -> Any:
 @torch.no_grad()
 def _vilt_block(golden: Golden) -> None:
     x, weights = golden["x"], _weights(golden)
-    heads, width = golden.arrays["attn"].shape[1], x.shape[2]
+    heads, width = golden["attn"].shape[1], x.shape[2]
     config = ViltConfig(
         hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, image_size=32, patch_size=16, vocab_size=9,
-        intermediate_size=weights["mlp.fc1.weight"].shape[0], layer_norm_eps=1e-5,
+        intermediate_size=golden["w_mlp__fc1__weight"].shape[0], layer_norm_eps=1e-5,
     )  # fmt: skip
     model = ViltModel(config).eval()
     layer = model.encoder.layer[0]
@@ -96,8 +101,8 @@ def _vilt_block(golden: Golden) -> None:
             for part, piece in zip(("query", "key", "value"), value.chunk(3)):
                 state[f"attention.attention.{part}.{kind}"] = piece
         else:
-            state[f"{names[stem]}.{kind}"] = value
-    layer.load_state_dict(state)
+            state[f"{names.get(stem, stem)}.{kind}"] = value
+    _load(layer, state)
 
     mask, text_masks, length = golden["mask"], golden["text_masks"], golden.scalar("text_len")
     assert torch.equal(mask[:, :length], text_masks)
@@ -133,16 +138,16 @@ def _meter_layer(golden: Golden) -> None:
     from foveate.models.meter import MeterConfig, MeterModel
 
     text, image, weights = golden["text"], golden["image"], _weights(golden)
-    heads, width = golden.arrays["cross_attn"].shape[1], text.shape[2]
+    heads, width = golden["cross_attn"].shape[1], text.shape[2]
     config = MeterConfig(
         hidden_size=width, num_attention_heads=heads, num_hidden_layers=1,
-        intermediate_size=weights["intermediate.dense.weight"].shape[0],
+        intermediate_size=golden["w_intermediate__dense__weight"].shape[0],
         vision_config={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16},
         text_config={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9},
     )  # fmt: skip
     model = MeterModel(config).eval()
     layer, image_layer = model.cross_modal_text_layers[0], model.cross_modal_image_layers[0]
-    layer.load_state_dict(weights)
+    _load(layer, weights)
     text_masks, image_masks = golden["text_masks"], golden["image_masks"]
 
     after: list[Tensor] = []

@@ -44,7 +44,7 @@ def _bridgetower(name: str) -> nn.Module:
         text_config={**sizes, "num_hidden_layers": 5, "vocab_size": 50, "max_position_embeddings": 30,
                      "layer_norm_eps": 1e-5, "pad_token_id": 1, "type_vocab_size": 1},
         vision_config={"hidden_size": 64, "num_hidden_layers": 5, "image_size": SIDE, "patch_size": PATCH},
-        contrastive_hidden_size=16,
+        contrastive_hidden_size=16, logit_scale_init_value=2.66,
     )  # fmt: skip
     return getattr(bridgetower, name)(config)
 

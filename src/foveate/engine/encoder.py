@@ -1,7 +1,7 @@
 """Fewer tokens inside encoder-style VLMs, where image and text meet in the layers: ViLT, METER, BridgeTower.
 
 No KV cache and no frame here: hooks shorten the hidden states between the attention and the MLP of a layer, and every
-attention runs through `attend`, which knows what is left. `EncoderSession` is what `apply` returns for such methods.
+attention of these layers runs through `attend`, which knows what is left.
 """
 
 from __future__ import annotations
@@ -11,155 +11,23 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout as drop_out
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops.attention import attention_rows
-from ..ops.pumer import Reduction, masked_softmax
+from ..ops.pumer import Reduction
 from ..reduction import OptionError, UnsupportedError
+from .crossmodal import CrossModal, EncoderMethod, EncoderTrace, attend, resolve_encoder, text_rows
 
-__all__ = ["CrossModal", "EncoderAnatomy", "EncoderMethod", "EncoderSession", "EncoderTrace", "resolve_encoder"]
+__all__ = ["EncoderMethod", "EncoderSession", "EncoderTrace"]
 
 _MARK = "_foveate_session"
 _ROUTE = "foveate_encoder"
 _LISTENER = "_foveate_encoder"
 _READS_TEXT = ("ForMaskedLM", "ForTokenClassification")
 """Heads that expect one state for each text token."""
-
-
-@dataclass(frozen=True)
-class EncoderAnatomy:
-    """The parts of an encoder-style VLM.
-
-    Attributes:
-        model: what the user handed over.
-        base: the module that embeds image and text and owns the layers.
-        text_layers: all layers of a single-stream model (ViLT); else the text side of the co-attention layers.
-        image_layers: the image side of the co-attention layers; empty for a single stream.
-    """
-
-    model: Any
-    base: Any
-    text_layers: tuple[Any, ...]
-    image_layers: tuple[Any, ...]
-
-    @property
-    def joint(self) -> bool:
-        """Image and text are one sequence."""
-        return not self.image_layers
-
-    @property
-    def depth(self) -> int:
-        """Layers in which image and text meet."""
-        return len(self.text_layers)
-
-
-def resolve_encoder(model: Any) -> EncoderAnatomy:
-    """The parts of a model.
-
-    Raises:
-        UnsupportedError: image and text do not meet in encoder layers, or not in a known way.
-    """
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-    if family == "vilt" and hasattr(base, "encoder"):
-        return EncoderAnatomy(model, base, tuple(base.encoder.layer), ())
-    if family in ("meter", "bridgetower") and hasattr(base, "cross_modal_text_layers"):
-        return EncoderAnatomy(model, base, tuple(base.cross_modal_text_layers), tuple(base.cross_modal_image_layers))
-    raise UnsupportedError(
-        f"{type(model).__name__}: this method works where image and text meet in encoder layers (ViLT, METER, "
-        "BridgeTower); for a VLM with a language model use another one, e.g. FastV or SparseVLM"
-    )
-
-
-@dataclass
-class CrossModal:
-    """What a method sees in a layer where text attends to the image: B rows, L text and N image tokens.
-
-    Attributes:
-        text_mask: (B, L), 1 for text, 0 for padding, in the official code fractions between.
-        image_mask: (B, N) bool. The class token of the image is at place 0.
-        text_key, image_key: (B, L, d), (B, N, d): keys, averaged over the heads, by which tokens may be compared with
-            others of their kind.
-        text_query: (B, L, d) queries of the text, averaged over the heads.
-        text_score_key: keys of the text in the attention over the image, (B, L, d).
-        rows: attention of the text to the image, (B, H, L, N), softmax over all that the text sees; called with True
-            for the first head alone, (B, 1, L, N).
-        joint: image and text are one sequence.
-    """
-
-    text_mask: Tensor
-    image_mask: Tensor
-    text_key: Tensor
-    image_key: Tensor
-    text_query: Tensor
-    text_score_key: Callable[[], Tensor]
-    rows: Callable[[bool], Tensor]
-    joint: bool
-
-
-@runtime_checkable
-class EncoderMethod(Protocol):
-    """A method that works inside encoder layers.
-
-    Attributes:
-        faithful: attention as in the official code.
-    """
-
-    faithful: bool
-
-    def merges_text(self, anatomy: EncoderAnatomy) -> bool:
-        """Whether the text gets shorter."""
-
-    def encoder_layers(self, anatomy: EncoderAnatomy) -> frozenset[int]:
-        """Layers in which tokens are reduced; empty if there is nothing to do at all."""
-
-    def reduce(self, seen: CrossModal) -> tuple[Reduction | None, Reduction | None]:
-        """What becomes of the image tokens and of the text tokens; None: they stay as they are."""
-
-
-@dataclass
-class EncoderTrace:
-    """Record of one pass of an image-text pair batch (NLVR2 makes two passes, one for each image).
-
-    Attributes:
-        visual: per layer (B,) long, image tokens that entered it, class token and merged ones included.
-        text: per layer (B,) long, text tokens that entered it.
-        places: layer -> (B, N) long: the place in the image, after this layer, of each token of the full image; -1 if
-            it was dropped. Equal places are one merged token; class token at 0.
-    """
-
-    visual: list[Tensor] = field(default_factory=list)
-    text: list[Tensor] = field(default_factory=list)
-    places: dict[int, Tensor] = field(default_factory=dict)
-    patches: Tensor | None = None
-    """(B, N - 1, 2) long: row and column of each token but the class token. ViLT shuffles its patches in some batches;
-    None for the others, whose patches lie row by row."""
-
-    @property
-    def n_layers(self) -> int:
-        """Layers in which image and text meet."""
-        return len(self.visual)
-
-    @property
-    def visual_tokens(self) -> Tensor:
-        """LongTensor (B, n_layers)."""
-        return torch.stack(self.visual, 1)
-
-    @property
-    def text_tokens(self) -> Tensor:
-        """LongTensor (B, n_layers)."""
-        return torch.stack(self.text, 1)
-
-    @property
-    def mean_visual_tokens(self) -> Tensor:
-        """(B,) mean over the layers of the image tokens that entered them."""
-        return self.visual_tokens.float().mean(1)
 
 
 @dataclass
@@ -182,6 +50,23 @@ class _Pass:
     """What looks at the image in the present layer."""
     seen: CrossModal | None = None
     reduced: Tensor | None = None
+    known: list[tuple[Tensor, bool]] = field(default_factory=list)
+    joined: Tensor | None = None
+
+    def padded(self, mask: Tensor) -> bool:
+        """Whether some place of a mask is not in use; the device is asked once for each mask."""
+        for seen, answer in self.known:
+            if seen is mask:
+                return answer
+        self.known.append((mask, not bool((mask > 0).all())))
+        return self.known[-1][1]
+
+    def joint_mask(self) -> Tensor:
+        """(B, L + N), text before image."""
+        assert self.image_mask is not None
+        if self.joined is None:
+            self.joined = torch.cat([self.text_mask, self.image_mask.to(self.text_mask.dtype)], 1)
+        return self.joined
 
     def images(self, count: int, like: Tensor) -> Tensor:
         """(B, N) bool; nothing is padding until something else is known."""
@@ -198,7 +83,7 @@ class _Pass:
     def reduce(self, method: EncoderMethod, layer: int) -> tuple[Reduction | None, Reduction | None]:
         assert self.seen is not None
         image, text = method.reduce(self.seen)
-        self.seen = self.text_key = self.text_states = None
+        self.seen = self.text_key = self.text_states = self.joined = None
         if image is not None:
             self.image_mask = image.mask
             self.image_map = image if self.image_map is None else self.image_map.then(image)
@@ -208,41 +93,6 @@ class _Pass:
         if self.image_map is not None:
             self.trace.places[layer] = self.image_map.origin()
         return image, text
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, dropout: float, official: bool, maps: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention under a mask of the keys.
-
-    Args:
-        query: (B, H, Q, d).  key, value: (B, H, N, d).
-        mask: (B, N), true or above 0 where a key may be seen.
-        official: PuMer's own softmax instead of SDPA.
-        maps: return the probabilities as well.
-
-    Returns:
-        (B, Q, H, d), and (B, H, Q, N) or None.
-    """
-    if not (official or maps):
-        seen = None if bool(mask.all()) else mask.bool()[:, None, None]
-        out = scaled_dot_product_attention(query, key, value, seen, dropout, scale=scaling)
-        return out.transpose(1, 2), None
-    logits = query @ key.transpose(2, 3) * scaling
-    if official:
-        weights = masked_softmax(logits, mask)
-    else:
-        weights = logits.masked_fill(~mask.bool()[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
-    weights = drop_out(weights, dropout)
-    return (weights @ value).transpose(1, 2), weights
-
-
-def _rows(query: Tensor, key: Tensor, mask: Tensor, scaling: float, first: int, one_head: bool) -> Tensor:
-    """(B, H, L, N): attention of all queries over the keys from place `first` on."""
-    heads = 1 if one_head else query.shape[1]
-    everyone = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
-    allowed = mask.bool()[:, None].expand(-1, query.shape[2], -1)
-    return attention_rows(query[:, :heads], key[:, :heads], everyone, allowed, None, scaling, None)[..., first:]
 
 
 def _routed(
@@ -426,8 +276,9 @@ class EncoderSession:
 
     # --------------------------------------------------------------------------------------------- single stream
     def _joint_attention(
-        self, index: int, module: Any, hidden_states: Tensor, attention_mask: Any = None, output_attentions: bool = False
-    ) -> tuple[Tensor, ...]:
+        self, index: int, module: Any, hidden_states: Tensor, attention_mask: Any = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         now, official = self._pass, self.reducer.faithful
         if now is None:
             return type(module).forward(module, hidden_states, attention_mask, output_attentions)
@@ -436,22 +287,22 @@ class EncoderSession:
         query, key, value = (
             project(hidden_states).view(shape).transpose(1, 2) for project in (module.query, module.key, module.value)
         )
-        mask, length = torch.cat([now.text_mask, now.image_mask.to(now.text_mask.dtype)], 1), now.text_mask.shape[1]
+        mask, length = now.joint_mask(), now.text_mask.shape[1]
         scaling, dropout = module.attention_head_size**-0.5, module.dropout.p if module.training else 0.0
-        out, weights = attend(query, key, value, mask, scaling, dropout, official, output_attentions)
+        out, weights = attend(query, key, value, mask, now.padded(mask), scaling, dropout, official, output_attentions)
         if index in self.layers:
             keys = key.mean(1)
 
             def rows(one_head: bool) -> Tensor:
                 if official and weights is not None:
                     return weights[:, : 1 if one_head else None, :length, length:]
-                return _rows(query[:, :, :length], key, mask, scaling, length, one_head)
+                return text_rows(query[:, :, :length], key, mask, scaling, length, one_head)
 
             now.seen = CrossModal(
                 now.text_mask, now.image_mask, keys[:, :length], keys[:, length:], query[:, :, :length].mean(1),
-                lambda: keys[:, :length], rows, True,
+                lambda: keys[:, :length], rows, self.anatomy,
             )  # fmt: skip
-        out = out.reshape(hidden_states.shape[:2] + (-1,))
+        out = out.reshape(*hidden_states.shape[:2], -1)
         return (out, weights) if output_attentions and weights is not None else (out,)
 
     def _between(self, index: int, module: nn.Module, args: tuple) -> tuple | None:
@@ -489,7 +340,7 @@ class EncoderSession:
         mask = next(mask for mask in masks if mask is not None and mask.shape[1] == key.shape[2])
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         official = self.reducer.faithful
-        out, weights = attend(query, key, value, mask, scaling, dropout, official, now.maps)
+        out, weights = attend(query, key, value, mask, now.padded(mask), scaling, dropout, official, now.maps)
         if side == "text" and index in self.layers:
             if kind == "attention":
                 now.text_key = key.mean(1)
@@ -505,13 +356,15 @@ class EncoderSession:
         def rows(one_head: bool) -> Tensor:
             if weights is not None:
                 return weights[:, :1] if one_head else weights
-            return _rows(query, key, mask, scaling, 0, one_head)
+            return text_rows(query, key, mask, scaling, 0, one_head)
 
         def score_key() -> Tensor:
             assert now.text_states is not None
             return module.key(now.text_states).unflatten(2, (-1, query.shape[-1])).mean(2)
 
-        now.seen = CrossModal(now.text_mask, mask, now.text_key, key.mean(1), query.mean(1), score_key, rows, False)
+        now.seen = CrossModal(
+            now.text_mask, mask, now.text_key, key.mean(1), query.mean(1), score_key, rows, self.anatomy
+        )
 
     def _text_looks(self, module: nn.Module, args: tuple) -> None:
         if self._pass is not None:

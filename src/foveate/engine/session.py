@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError
 from .anatomy import Anatomy, resolve
 from .cache import LogicalLayer, check_cache
+from .encoder import EncoderMethod, EncoderSession
 from .forward import ForwardPass
 from .layout import build_layout
 from .taps import AttentionTap
@@ -34,7 +35,7 @@ __all__ = ["Session", "apply"]
 _MARK = "_foveate_session"
 
 
-def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -> Session:
+def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -> Any:
     """Reduce the visual tokens of a model, until the returned session is left or removed.
 
     Example:
@@ -48,12 +49,17 @@ def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -
             with `inputs_embeds`.
 
     Returns:
-        The session; a context manager. `session.trace` describes the last prefill.
+        The session; a context manager. `session.trace` describes the last prefill. A `Session`, or an `EncoderSession`
+        for methods that work inside encoder-style models (PuMer).
 
     Raises:
         UnsupportedError: the model has no images to reduce, has a session already, or cannot do what the method asks.
         OptionError: the method asks for a layer that the model does not have.
     """
+    if isinstance(reducer, EncoderMethod):
+        if visual is not None:
+            raise OptionError("visual= is for decoders; this method works inside encoders")
+        return EncoderSession(model, reducer)
     return Session(model, reducer, visual=visual)
 
 

@@ -1,4 +1,4 @@
-"""METER as a model of transformers: two towers, co-attention layers over both, heads for VQA, NLVR2, entailment, retrieval.
+"""METER as a model of transformers: two towers, co-attention layers over both, heads.
 
 Paper: "An Empirical Study of Training End-to-End Vision-and-Language Transformers", arXiv 2111.02387. Official code:
 zdou0830/METER @ f4f09345 (MIT; the CLIP and RoBERTa variant, re-implemented). `foveate.PuMer` makes it faster.
@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel, PreTrainedModel, RobertaModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 from transformers.models.roberta.modeling_roberta import RobertaAttention, RobertaIntermediate, RobertaOutput
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .meter_config import MeterConfig
@@ -32,6 +33,9 @@ __all__ = [
     "MeterPreTrainedModel",
 ]
 
+logger = logging.get_logger(__name__)
+
+_HEADS = ("classifier.", "rank_output.")
 _M = TypeVar("_M", bound="MeterPreTrainedModel")
 
 
@@ -102,6 +106,8 @@ class MeterPreTrainedModel(PreTrainedModel):
     base_model_prefix = "meter"
     main_input_name = "pixel_values"
     _supports_sdpa = True
+    _modalities = 2
+    """Rows of `token_type_embeddings` that the model needs."""
     _no_split_modules = ["MeterCrossLayer", "CLIPEncoderLayer", "RobertaLayer"]  # noqa: RUF012
 
     @classmethod
@@ -110,11 +116,14 @@ class MeterPreTrainedModel(PreTrainedModel):
     ) -> _M:
         """A model with the weights of an official METER or PuMer checkpoint, in evaluation mode.
 
+        From a pre-trained checkpoint the head of a task stays fresh, with a warning. For two images (NLVR2) the second
+        starts from the embedding of the first, as in the official codes.
+
         Args:
             checkpoint: a file, a folder, or the weights themselves.
             image_size: pixels; position embeddings are interpolated to it. Default: as trained.
             options: fields of `MeterConfig` that cannot be seen in the weights (`num_attention_heads`, which is taken
-                as `hidden_size // 64`; `vision_config`, `text_config` as dicts).
+                as `hidden_size // 64`; `num_labels` without a head; `vision_config`, `text_config` as dicts).
 
         Raises:
             KeyError: a weight of neither layout.
@@ -123,16 +132,27 @@ class MeterPreTrainedModel(PreTrainedModel):
         state = checkpoint if isinstance(checkpoint, dict) else load_weights(checkpoint)
         if image_size is not None:
             options["vision_config"] = {**options.get("vision_config", {}), "image_size": image_size}
-        config = infer_config(state, **options)
         ours = convert_state_dict(state)
+        kinds = ours["meter.token_type_embeddings.weight"]
+        if len(kinds) < cls._modalities:
+            ours["meter.token_type_embeddings.weight"] = torch.cat([kinds, kinds[1:2]])
+            options["modality_type_vocab_size"] = cls._modalities
+        config = infer_config(state, **options)
+        tower: Any = config.vision_config
         places = "meter.vision_model.embeddings.position_embedding.weight"
-        ours[places] = resize_positions(ours[places], (config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+        ours[places] = resize_positions(ours[places], (tower.image_size // tower.patch_size) ** 2)
         model = cls(config).eval()
-        if cls.base_model_prefix not in dict(model.named_children()):
-            prefix = cls.base_model_prefix + "."
-            ours = {name.removeprefix(prefix): value for name, value in ours.items() if name.startswith(prefix)}
-        kept = {name: value for name, value in ours.items() if not name.startswith("rank_output.")}
-        model.load_state_dict(ours if hasattr(model, "rank_output") else kept)
+        if cls is MeterModel:
+            ours = {name.removeprefix("meter."): value for name, value in ours.items() if name.startswith("meter.")}
+        elif not hasattr(model, "rank_output"):
+            ours = {name: value for name, value in ours.items() if not name.startswith("rank_output.")}
+        else:
+            ours = {name: value for name, value in ours.items() if not name.startswith("classifier.")}
+        fresh = [name for name in model.state_dict() if name.startswith(_HEADS) and name not in ours]
+        ours |= {name: model.state_dict()[name] for name in fresh}
+        model.load_state_dict(ours)
+        if fresh:
+            logger.warning(f"{cls.__name__}: no weights for the head in this checkpoint, it is fresh: {fresh}")
         return model
 
 
@@ -216,7 +236,7 @@ class MeterModel(MeterPreTrainedModel):
 def _classifier(config: MeterConfig, images: int) -> nn.Sequential:
     width = config.hidden_size * 2
     return nn.Sequential(
-        nn.Linear(width * images, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, config.num_labels)
+        nn.Linear(width * images, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, config.num_labels or 2)
     )
 
 
@@ -286,6 +306,8 @@ class MeterForImageAndTextRetrieval(_MeterWithHead):
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):
     """NLVR2: two images for each text; labels (B,) are classes. Needs `modality_type_vocab_size=3`."""
 
+    _modalities = 3
+
     def __init__(self, config: MeterConfig):
         super().__init__(config)
         if config.modality_type_vocab_size < 3:
@@ -303,7 +325,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """As for one image, with `pixel_values` (B, 2, 3, H, W); hidden states and attentions are of the second image."""
+        """As for one image, with `pixel_values` (B, 2, 3, H, W); states and attentions are of the second image."""
         if pixel_values is None or pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise ValueError("give pixel_values (B, 2, 3, H, W)")
         passes = [

@@ -35,9 +35,8 @@ _BLOCK = {
     "mlp.c_proj.": "mlp.fc2.",
 }
 _HEADS = ("vqa_classifier.", "nlvr2_classifier.", "snli_classifier.", "ve_classifier.")
-_UNUSED = ("vit_model.token_embedding.", "vit_model.positional_embedding", "vit_model.ln_final.", "mlm_score.")
-_UNUSED += ("itm_score.", "mpp_score.", "token_pruner.", "text_transformer.pooler.")
-"""The text half of CLIP, heads of pre-training, poolers that nothing reads."""
+_UNUSED = ("mlm_score.", "itm_score.", "mpp_score.", "token_pruner.", "text_transformer.pooler.")
+"""Heads of pre-training, a module without weights, a pooler that nothing reads."""
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -59,10 +58,9 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return loaded.get("state_dict", loaded)
 
 
-def _plain(name: str) -> str:
-    """Without the prefixes in which the layouts differ."""
-    name = name.removeprefix("meter.")
-    return "vit_model." + name.removeprefix("vit_model.visual.") if name.startswith("vit_model.visual.") else name
+def _is_meters_own(state: dict[str, Tensor]) -> bool:
+    """METER's own layout, which keeps all of CLIP at `vit_model`, not PuMer's."""
+    return any(name.startswith("vit_model.visual.") for name in state)
 
 
 def _in_tower(name: str, value: Tensor) -> dict[str, Tensor]:
@@ -85,20 +83,22 @@ def _in_tower(name: str, value: Tensor) -> dict[str, Tensor]:
 def convert_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official weights under our names, the base model at `meter.`.
 
-    Left out: the text half of CLIP, the heads of pre-training, the pooler of RoBERTa, position ids.
+    Left out: the text half of CLIP, the heads of pre-training, the pooler of RoBERTa, position ids. Where there is no
+    head for retrieval, it is made of the one for image-text matching, as in the official codes.
 
     Raises:
         KeyError: a name of neither layout.
     """
     ours: dict[str, Tensor] = {}
+    own = _is_meters_own(state)
+    tower = "vit_model.visual." if own else "vit_model."
     for name, value in state.items():
-        if name.startswith(_UNUSED) or name.endswith(("position_ids", "token_type_ids")):
+        plain = name.removeprefix("meter.")
+        text_of_clip = own and plain.startswith("vit_model.") and not plain.startswith(tower)
+        if text_of_clip or plain.startswith(_UNUSED) or plain.endswith(("position_ids", "token_type_ids")):
             continue
-        plain = _plain(name)
-        if plain.startswith(_UNUSED):
-            continue
-        if plain.startswith("vit_model."):
-            inner = _in_tower(plain.removeprefix("vit_model."), value)
+        if plain.startswith(tower):
+            inner = _in_tower(plain.removeprefix(tower), value)
             ours.update({f"meter.vision_model.{key}": part.clone() for key, part in inner.items()})
         elif plain.startswith("text_transformer."):
             ours["meter.text_model." + plain.removeprefix("text_transformer.")] = value
@@ -110,6 +110,8 @@ def convert_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[plain] = value
         else:
             raise KeyError(name)
+    if "rank_output.weight" not in ours and "itm_score.fc.weight" in state:
+        ours |= {f"rank_output.{kind}": state[f"itm_score.fc.{kind}"][1:].clone() for kind in ("weight", "bias")}
     return ours
 
 
@@ -156,13 +158,13 @@ def infer_config(state: dict[str, Tensor], **options: Any) -> MeterConfig:
         "type_vocab_size": len(ours["meter.text_model.embeddings.token_type_embeddings.weight"]),
     }
     kinds = ours["meter.token_type_embeddings.weight"]
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": kinds.shape[1],
         "num_attention_heads": max(kinds.shape[1] // 64, 1),
         "num_hidden_layers": depth("meter.cross_modal_text_layers."),
         "intermediate_size": len(ours["meter.cross_modal_text_layers.0.intermediate.dense.weight"]),
         "modality_type_vocab_size": len(kinds),
-        "image_sees_text": "after" if any(name.startswith("meter.") for name in state) else "before",
+        "image_sees_text": "before" if _is_meters_own(state) else "after",
     }
     if "classifier.3.weight" in ours:
         fields["num_labels"] = len(ours["classifier.3.weight"])

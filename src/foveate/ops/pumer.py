@@ -95,7 +95,7 @@ def attention_scores(rows: Tensor, counted: Tensor, lengths: Tensor) -> Tensor:
         counted: (B, L), weight of each text token in the sum.
         lengths: (B,), what the sum is divided by.
     """
-    return torch.einsum("bln,bl->bn", rows.float().mean(1), counted.float()) / lengths.float()[:, None]
+    return torch.einsum("bln,bl->bn", rows.float().mean(1), counted.float()) / lengths.float().clamp_min(1)[:, None]
 
 
 def key_scores(text: Tensor, image: Tensor, counted: Tensor, lengths: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def key_scores(text: Tensor, image: Tensor, counted: Tensor, lengths: Tensor) ->
         counted, lengths: as for `attention_scores`.
     """
     total = torch.einsum("bld,bl->bd", text.float(), counted.float())
-    return torch.einsum("bd,bnd->bn", total, image.float()) / lengths.float()[:, None]
+    return torch.einsum("bd,bnd->bn", total, image.float()) / lengths.float().clamp_min(1)[:, None]
 
 
 def token_counts(tokens: int, prune: float, merge: float) -> tuple[int, int]:

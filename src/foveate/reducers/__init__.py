@@ -9,6 +9,7 @@ from .fopru import FoPru
 from .pitome import PiToMe
 from .pooling import AveragePool, Downsample
 from .prumerge import PruMerge, PruMergePlus
+from .pumer import PuMer
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .recoverable import Recoverable
@@ -31,6 +32,7 @@ __all__ = [
     "PiToMe",
     "PruMerge",
     "PruMergePlus",
+    "PuMer",
     "PyramidDrop",
     "Random",
     "Recoverable",

@@ -18,7 +18,7 @@ from ..reduction import MethodInfo, OptionError, Reducer, UnsupportedError, regi
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
-    from ..engine.encoder import CrossModal, EncoderAnatomy
+    from ..engine.crossmodal import CrossModal, EncoderAnatomy
 
 __all__ = ["PuMer"]
 
@@ -41,9 +41,7 @@ _CROSS: dict[str, tuple[tuple[int, ...], float, float, float]] = {
 """METER, of 6 co-attention layers (the official code counts 0, 2, 4, 6)."""
 
 
-@register(
-    "pumer", MethodInfo(paper="arXiv 2305.17530", acts="inside ViLT, METER, BridgeTower", text_guided=True)
-)
+@register("pumer", MethodInfo(paper="arXiv 2305.17530", acts="inside ViLT, METER, BridgeTower", text_guided=True))
 @dataclass
 class PuMer(Reducer):
     """Text-informed pruning of image tokens and modality-aware merging, between attention and MLP of some layers.
@@ -56,7 +54,7 @@ class PuMer(Reducer):
 
     Without options the released settings of the model and task are used, layer numbers scaled to the depth of the
     model. All ratios are of the tokens, class token included, that enter a layer; at most half of what pruning leaves
-    merges. The methods need a model trained with them for the accuracy of the paper.
+    merges. The accuracy of the paper needs a model that was trained with its tokens reduced.
 
     With `faithful=True` the official code, else the sane reading. The differences:
 
@@ -72,6 +70,9 @@ class PuMer(Reducer):
     * Layer numbers are scaled to the depth of the model. Official: absolute.
     * METER and BridgeTower obey `sim_method` and `merge_style` (for "km" the text's states go through the key
       projection of the cross-attention). Official: only "mean_head" and "tome" exist there.
+
+    Tokens are ranked before they merge, so that the random order into which ViLT brings patches does not matter. The
+    trace's `patches` say which patch is where.
 
     In METER the official PuMer code lets the image look at the text after the text's layer, METER's own code before it:
     that is a property of the model, `MeterConfig.image_sees_text`.
@@ -126,36 +127,33 @@ class PuMer(Reducer):
             "BridgeTower); for a VLM with a language model use another method, e.g. FastV or SparseVLM"
         )
 
-    def _settings(self, anatomy: EncoderAnatomy) -> tuple[tuple[int, ...], float, float, float]:
-        """Layers, prune_r, merge_r, merge_text for a model."""
+    def _settings(self, anatomy: EncoderAnatomy) -> tuple[tuple[int, ...], list[float]]:
+        """Layers, and prune_r, merge_r, merge_text, for a model."""
         presets, full = (_JOINT, 12) if anatomy.joint else (_CROSS, 6)
-        given = (self.layers, self.prune_r, self.merge_r, self.merge_text)
-        if self.task not in presets:
-            if any(value is None for value in given):
-                raise OptionError(
-                    f"task={self.task!r}: no setting is known for {type(anatomy.model).__name__}; give layers, prune_r, "
-                    "merge_r and merge_text"
-                )
-            layers, prune, merge, text = (), 0.0, 0.0, 0.0
-        else:
-            layers, prune, merge, text = presets[self.task]
+        given = (self.prune_r, self.merge_r, self.merge_text)
+        layers: tuple[int, ...] = ()
+        known = [0.0, 0.0, 0.0]
+        if self.task in presets:
+            layers, *known = presets[self.task]
+        elif self.layers is None or None in given:
+            raise OptionError(
+                f"task={self.task!r}: no setting is known for {type(anatomy.model).__name__}; give layers, prune_r, "
+                "merge_r and merge_text"
+            )
         if self.layers is not None:
             layers = tuple(self.layers)
         elif not self.faithful:
             layers = tuple(sorted({layer * anatomy.depth // full for layer in layers}))
-        prune, merge, text = (
-            own if own is not None else preset for own, preset in zip(given[1:], (prune, merge, text))
-        )
-        return layers, prune, merge, text
+        return layers, [preset if own is None else own for own, preset in zip(given, known)]
 
     def merges_text(self, anatomy: EncoderAnatomy) -> bool:
-        return self._settings(anatomy)[3] > 0
+        return self._settings(anatomy)[1][2] > 0
 
     def encoder_layers(self, anatomy: EncoderAnatomy) -> frozenset[int]:
         if self.faithful and not anatomy.joint and (self._sim != "mean_head" or self.merge_style != "tome"):
             raise OptionError("the official code has only sim_method='mean_head', merge_style='tome' for METER")
-        layers, *self._ratios = self._settings(anatomy)
-        return frozenset(layers) if any(self._ratios) else frozenset()
+        layers, ratios = self._settings(anatomy)
+        return frozenset(layers) if any(ratios) else frozenset()
 
     @property
     def _sim(self) -> str:
@@ -172,25 +170,23 @@ class PuMer(Reducer):
 
     @torch.no_grad()
     def reduce(self, seen: CrossModal) -> tuple[Reduction | None, Reduction | None]:
-        prune, merge, merge_text = self._ratios
+        prune, merge, merge_text = self._settings(seen.anatomy)[1]
         if self.faithful:
             return self._reduce_officially(seen, prune, merge, merge_text)
         image = None
         tokens = seen.image_mask.sum(1).unique().tolist()
         if any(token_counts(n, prune, merge) != (n, 0) for n in tokens):
-            image = reduce_image(
-                self._scores(seen), seen.image_key, seen.image_mask, prune, merge, self.merge_style
-            )
+            image = reduce_image(self._scores(seen), seen.image_key, seen.image_mask, prune, merge, self.merge_style)
         return image, reduce_text(seen.text_key, seen.text_mask, merge_text) if merge_text else None
 
     def _reduce_officially(
         self, seen: CrossModal, prune: float, merge: float, merge_text: float
     ) -> tuple[Reduction | None, Reduction | None]:
         tokens = seen.image_mask.shape[1]
-        if round(prune * tokens) == 0 if seen.joint else prune == 0:
+        if round(prune * tokens) == 0 if seen.anatomy.joint else prune == 0:
             return None, None
         image = None
-        if seen.joint or round(merge * tokens) > 0:
+        if seen.anatomy.joint or round(merge * tokens) > 0:
             everything = torch.ones_like(seen.image_mask)
             image = reduce_image(self._scores(seen), seen.image_key, everything, prune, merge, self.merge_style, False)
         return image, reduce_text(seen.text_key, seen.text_mask, merge_text, count_padding=True)

@@ -29,7 +29,7 @@ from .evaluate_all import evaluate_all
 from .export import export, install
 from .loop import finished, progress
 
-STEPS = {"vision": 5000, "language": 1600, "fit": 300, "joint": 2200}
+STEPS = {"vision": 4200, "language": 1100, "fit": 240, "joint": 1500}
 ROUNDS = (("vision", "language"), ("fit",), ("joint",))
 """Stages of one round run at the same time."""
 ALONE = {"language"}
@@ -48,7 +48,7 @@ def main() -> None:
             _train(options, left, steps, bars)
     folder = export(options.run, options.seed)
     with console.status("evaluating"):
-        results = evaluate_all(folder, options.run, steps)
+        results = evaluate_all(folder, options.run, tuple(STEPS))
     write_card(folder / "README.md", results)
     install(folder, options.target)
     console.print(f"accuracy {results['accuracy']['overall']['accuracy']:.3f}; installed in {options.target}")

@@ -28,7 +28,7 @@ def write_card(target: Path, results: Mapping[str, Any]) -> None:
         "pruned": str(results["pruned"]),
         "easy_questions": str(results["accuracy"]["easy-vqa"]["n"]),
         "foreground": f"{results['foreground']:.0%}",
-        "stages": _rows((name, training[name]["steps"], f"{minutes[name]} min") for name in training),
+        "stages": _rows((name, training[name]["step"], f"{minutes[name]} min") for name in training),
         "total": f"{(max(minutes['vision'], minutes['language']) + minutes['fit'] + minutes['joint'])} min",
         "machine": results["machine"],
         "note": results.get("note", ""),

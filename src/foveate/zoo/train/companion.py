@@ -36,6 +36,9 @@ from .vocabulary import COLOR_WORDS, DIGIT_WORDS, SHAPE_WORDS, processor
 
 __all__ = ["Seen", "phrases", "see", "train"]
 
+_FAR = 6
+"""One in so many texts is read at its last place."""
+
 # ------------------------------------------------------------------------------------------------------------- data
 Text = tuple[str, tuple[int, ...]]
 """A text and the owner numbers (1 + object index) that it is about."""
@@ -103,7 +106,7 @@ def phrases(example: Example) -> list[Text]:
             names += [digit, f"digit {digit}", "digit"]
         for name in filter(None, names):
             about.setdefault(name, []).append(number)
-    return [(name, tuple(numbers)) for name, numbers in about.items()]
+    return [(name, tuple(numbers)) for name, numbers in about.items()] or [("objects", ())]
 
 
 def _caption(example: Example, rng: np.random.Generator) -> str:
@@ -114,26 +117,26 @@ def _caption(example: Example, rng: np.random.Generator) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- training
-def train(
-    model: CLIPModel, seen: Seen, steps: int, seed: int, bars: Progress, batch: int = 32, texts: int = 12
-) -> None:
-    """Train text tower and projections in place: `texts` texts about each of `batch` images per step."""
+def train(model: CLIPModel, seen: Seen, steps: int, seed: int, bars: Progress) -> float:
+    """Train text tower and projections in place; returns the mean loss of the last tenth."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if (p.dim() > 1) == wide], "weight_decay": 0.05 * wide} for wide in (1, 0)]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     ids, peak, warmup = _Ids(), 2e-3, 100
-    task = bars.add_task("contrast", total=steps)
+    task, losses = bars.add_task("contrast", total=steps), []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
         loss = _loss(model, seen, ids, np.random.default_rng([seed, step]))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=float(np.log(100)))  # as CLIP was trained
-        bars.update(task, advance=1, description=f"contrast, loss {loss.item():.2f}")
+        bars.update(task, advance=1, description=f"contrast, loss {losses[-1]:.2f}")
+    return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
 class _Ids:
@@ -160,13 +163,16 @@ def _loss(
     captions = [seen.captions[image] for image in images]
     distinct, place = np.unique([text for text, _ in texts] + captions, return_inverse=True)
     # Recoverable Compression's official code takes the last place of a filled-up text, CLIP the first end.
-    vectors = embed_texts(model, ids(distinct.tolist()), torch.from_numpy(rng.random(len(distinct)) < 0.25))[place]
+    order = rng.permutation(len(distinct))
+    far, near = np.split(order, [len(order) // _FAR])
+    encoded = [embed_texts(model, ids(distinct[rows].tolist()), last) for rows, last in ((far, True), (near, False))]
+    vectors = torch.cat(encoded)[np.argsort(order)[place]]
     asked, described = vectors[: batch * count].view(batch, count, -1), vectors[batch * count :]
 
     patches = embed_patches(model, seen.patches[images, rng.integers(len(LAYERS))].float())
     owner = seen.owner[images]
-    numbers = torch.tensor([[[n in about for n in range(1, 10)] for _, about in texts]]).view(batch, count, 9)
-    target = torch.stack([F.pad(numbers[i].float(), (1, 0))[:, owner[i]] for i in range(batch)])
+    about = torch.tensor([[number in about for number in range(10)] for _, about in texts]).view(batch, count, 10)
+    target = about.float().gather(2, owner[:, None].expand(-1, count, -1))
     scale = model.logit_scale.exp()
     logits = scale * asked @ patches.transpose(1, 2)
     per_patch = F.cross_entropy(logits.flatten(0, 1), F.normalize(target, p=1, dim=-1).flatten(0, 1))
@@ -206,7 +212,8 @@ def main() -> None:
     with Progress(console=console) as bars:
         seen = see(model, options.images, options.seed, bars)
         looked = time.monotonic()
-        train(model, seen, options.steps, options.seed, bars)
+        final = train(model, seen, options.steps, options.seed, bars)
+    console.print(f"loss {final:.2f}")
     seconds = {"looking": looked - began, "contrast": time.monotonic() - looked}
     with TemporaryDirectory() as place, console.status("measuring"):
         folder = Path(place)
@@ -224,8 +231,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--llava", type=Path, default=path("tiny-llava"), help="whose vision tower it is trained for")
     parser.add_argument("--target", type=Path, default=path("tiny-clip"), help="where the checkpoint is installed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="to measure on")
     parser.add_argument("--scenes", type=int, default=400, help="to measure on, five questions each")

@@ -65,13 +65,12 @@ def tokenizer() -> Any:
     return words
 
 
-def embed_texts(model: CLIPModel, ids: Tensor, last: Tensor | None = None) -> Tensor:
-    """Unit vectors (N, 64) of filled-up texts (N, T); where `last` (N,) is True, of their last place, filler or not."""
+def embed_texts(model: CLIPModel, ids: Tensor, last: bool = False) -> Tensor:
+    """Unit vectors (N, 64) of filled-up texts (N, T), pooled at their end, or at their last place, filler or not."""
+    if not last:  # nothing behind the end of the longest text is seen
+        ids = ids[:, : int((ids != END).sum(1).max()) + 1]
     out = model.text_model(input_ids=ids)
-    pooled = out.pooler_output
-    if last is not None:
-        pooled = torch.where(last[:, None], out.last_hidden_state[:, -1], pooled)
-    return F.normalize(model.text_projection(pooled), dim=-1)
+    return F.normalize(model.text_projection(out.last_hidden_state[:, -1] if last else out.pooler_output), dim=-1)
 
 
 def embed_patches(model: CLIPModel, states: Tensor) -> Tensor:

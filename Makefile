@@ -25,6 +25,7 @@ structure: $(VENV)/.test-installed
 
 zoo: $(VENV)/.test-installed
 	$(BIN)/python -m foveate.zoo.train
+	$(BIN)/python -m foveate.zoo.train.companion
 
 bench: $(VENV)/.demo-installed
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json

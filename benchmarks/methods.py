@@ -57,7 +57,7 @@ def makers(vlm: VLM) -> dict[str, Callable[[float], Reducer]]:
         "chain: visionzip, vtw": lambda keep: foveate.Chain(foveate.VisionZip(keep=keep), foveate.VTW(layer=4)),
     }
     if companion is not None:
-        found["cdpruner, tiny-clip"] = lambda keep: foveate.CDPruner(keep=keep, **companion)
+        found["cdpruner, tiny-clip"] = lambda keep: foveate.CDPruner(keep=keep, negate=False, **companion)
         found["recoverable, tiny-clip"] = lambda keep: foveate.Recoverable(keep=keep, **companion)
     return found
 

@@ -51,6 +51,8 @@ class CDPruner(Reducer):
             each slot, (B, S). None: the companion that is given, else "llm".
         clip, siglip: companion model: hub id, folder, or (model, tokenizer).
         question, tokenizer: where a companion reads the question; see `similarity.questions`.
+        negate: minus the cosine of a CLIP companion, as in the official code; False for a companion in which high
+            cosines mark the relevant patches (`zoo:tiny-clip`, or the paper's formula).
         faithful: the official kernel: each tile of an image is chosen from on its own with an equal share of `keep`
             (rounded down), the relevance scaled over all of them, learnt row ends dropped, NaNs and all.
 
@@ -65,6 +67,7 @@ class CDPruner(Reducer):
     siglip: Any = None
     question: Question | None = None
     tokenizer: Any = None
+    negate: bool = True
     faithful: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +83,7 @@ class CDPruner(Reducer):
     def _relevance(self, view: View, images: Patches, blocks: Patches) -> Tensor:
         """(B, S) relevance, scaled over the patches of each image; learnt row ends have none."""
         score = self._scorer(view)
-        if isinstance(self._scorer, CompanionSimilarity) and self._scorer.kind == "clip":
+        if isinstance(self._scorer, CompanionSimilarity) and self._scorer.kind == "clip" and self.negate:
             score = -score
         shown = blocks.to_slots(torch.ones_like(blocks.slots), *view.active.shape) > 0
         place = images.rows[:, None], images.slots.clamp_min(0)

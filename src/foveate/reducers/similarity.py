@@ -145,7 +145,9 @@ class CompanionSimilarity:
         from transformers import AutoModel, AutoTokenizer
 
         try:
-            return AutoModel.from_pretrained(self.companion), AutoTokenizer.from_pretrained(self.companion)
+            return AutoModel.from_pretrained(self.companion, dtype=torch.float32), AutoTokenizer.from_pretrained(
+                self.companion
+            )
         except (OSError, ValueError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise OptionError(f"{self.kind}={str(self.companion)!r} cannot be loaded: {first}") from error

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from .. import path
 from .card import write_card
-from .evaluate_all import evaluate_all
+from .evaluate_all import EASY, SCENES, evaluate_all
 from .export import export, install
 from .loop import finished, progress
 
@@ -48,7 +48,7 @@ def main() -> None:
             _train(options, left, steps, bars)
     folder = export(options.run, options.seed)
     with console.status("evaluating"):
-        results = evaluate_all(folder, options.run, tuple(STEPS))
+        results = evaluate_all(folder, options.run, tuple(STEPS), options.test_scenes, options.test_easy)
     write_card(folder / "README.md", results)
     install(folder, options.target)
     console.print(f"accuracy {results['accuracy']['overall']['accuracy']:.3f}; installed in {options.target}")
@@ -64,6 +64,8 @@ def _options() -> argparse.Namespace:
     )
     for name, steps in STEPS.items():
         parser.add_argument(f"--{name}-steps", type=int, default=steps)
+    parser.add_argument("--test-scenes", type=int, default=SCENES, help="scenes to measure on, 5 questions each")
+    parser.add_argument("--test-easy", type=int, default=EASY, help="easy-VQA questions to measure on")
     return parser.parse_args()
 
 

@@ -26,6 +26,7 @@ def write_card(target: Path, results: Mapping[str, Any]) -> None:
         "margins": _margins(results["margins"]),
         "questions": str(results["questions"]),
         "pruned": str(results["pruned"]),
+        "full": f"{results['full']:.3f}",
         "easy_questions": str(results["accuracy"]["easy-vqa"]["n"]),
         "foreground": f"{results['foreground']:.0%}",
         "stages": _rows((name, training[name]["step"], f"{minutes[name]} min") for name in training),
@@ -59,6 +60,11 @@ def _kinds(table: Mapping[str, Mapping[str, float]]) -> str:
 
 def _margins(margins: Iterable[Mapping[str, Any]]) -> str:
     return _rows(
-        (row["where"], f"{row['better']} over {row['worse']}", f"{row['margin']:+.3f} ± {row['error']:.3f}")
+        (
+            row["keep"],
+            row["where"],
+            f"{row['better']} over {row['worse']}",
+            f"{row['margin']:+.3f} ± {row['error']:.3f}",
+        )
         for row in margins
     )

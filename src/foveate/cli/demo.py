@@ -22,7 +22,7 @@ _BUDGETS = (0.5, 0.33, 0.2)
 
 
 def demo(
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Questions per data set.")] = 64,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Questions per data set.")] = 160,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of pictures and results.json.")] = Path(
         "demo"
     ),

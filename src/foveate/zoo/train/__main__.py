@@ -1,11 +1,12 @@
 """Train the tiny LLaVA from nothing: ``python -m foveate.zoo.train``.
 
-Four stages, then export, evaluation and the model card:
+Five stages, then export, evaluation and the model card:
 
 1. ``vision`` and ``language`` side by side: the vision tower learns what every patch shows, the language model to
    answer from symbols that say the same;
 2. ``fit``: vision tower and projector learn to produce these symbols;
-3. ``joint``: everything together on pixels, all 196 visual tokens.
+3. ``joint``: everything together on pixels, all 196 visual tokens;
+4. ``polish``: projector and language model alone, on what the finished tower sees.
 
 Interrupted? Run the same command again: every stage goes on from its last checkpoint, finished ones are skipped.
 """
@@ -29,10 +30,10 @@ from .evaluate_all import EASY, SCENES, evaluate_all
 from .export import export, install
 from .loop import finished, progress
 
-STEPS = {"vision": 4200, "language": 1100, "fit": 240, "joint": 1500}
-ROUNDS = (("vision", "language"), ("fit",), ("joint",))
+STEPS = {"vision": 4200, "language": 1100, "fit": 240, "joint": 1500, "polish": 3000}
+ROUNDS = (("vision", "language"), ("fit",), ("joint",), ("polish",))
 """Stages of one round run at the same time."""
-ALONE = {"language"}
+ALONE = {"language", "polish"}
 """Stages that use one worker."""
 
 

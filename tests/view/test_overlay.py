@@ -9,7 +9,7 @@ import foveate
 from foveate.engine.trace import StageRecord, Trace
 from foveate.evaluate.answer import answer, load
 from foveate.view import SheetCell, SheetRow, overlay, save, sheet
-from foveate.view.overlay import Cell, _canvases, paint
+from foveate.view.patches import Cell, canvases, paint
 from foveate.zoo.scenes import scenes
 
 
@@ -132,7 +132,7 @@ def test_tiles_make_one_picture_and_frames_one_each():
     keep[0, [5, 9]] = True
     trace = made_up(visual, (-1, keep))
     pictures = [Image.new("RGB", (32, 16), colour) for colour in ("red", "green", "blue")]
-    found = _canvases(pictures, trace, 0, layout)
+    found = canvases(pictures, trace, 0, layout)
     assert [canvas.label for canvas in found] == [
         "image 1, base",
         "image 1, tile",

@@ -31,6 +31,7 @@ __all__ = [
     "OptionsOption",
     "app",
     "method_and_options",
+    "option_value",
     "plain",
     "progress",
     "say",
@@ -133,7 +134,7 @@ def method_and_options(method: str, keep: str | None, options: Sequence[str] | N
         name, equals, value = option.partition("=")
         if not (name and equals):
             raise CommandError(f"option {option!r}: write it as name=value")
-        chosen[name.strip().replace("-", "_")] = _value(value.strip())
+        chosen[name.strip().replace("-", "_")] = option_value(value.strip())
     if keep is None:
         return foveate.build(method, **chosen), chosen
     if "keep" in chosen:
@@ -141,7 +142,8 @@ def method_and_options(method: str, keep: str | None, options: Sequence[str] | N
     return foveate.build(method, keep=foveate.Budget.parse(keep).keep, **chosen), chosen
 
 
-def _value(text: str) -> Any:
+def option_value(text: str) -> Any:
+    """true, false, none, a number, or the text itself."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]

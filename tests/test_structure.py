@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "engine": {"ops", "reduction", "engine"},
     "zoo": {"ops", "reduction", "zoo"},
     "measure": {"ops", "reduction", "engine", "measure"},
-    "recipe": {"reduction", "recipe"},
+    "recipe": {"reduction", "reducers", "recipe"},
     "tune": {"ops", "reduction", "recipe", "engine", "measure", "tune"},
     "train": {"ops", "reduction", "recipe", "models", "engine", "measure", "zoo", "evaluate", "train"},
     "evaluate": {"ops", "reduction", "recipe", "models", "engine", "measure", "tune", "zoo", "evaluate"},

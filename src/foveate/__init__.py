@@ -5,6 +5,7 @@ from types import ModuleType as _ModuleType
 
 from .engine.session import Session, apply
 from .engine.trace import Trace
+from .recipe import load
 from .reducers import *  # noqa: F403
 from .reducers import __all__ as _methods
 from .reduction import (
@@ -44,6 +45,7 @@ __all__ = [
     "VisionSpec",
     "apply",
     "build",
+    "load",
     "names",
     "register",
     *_methods,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..engine.anatomy import Anatomy, resolve
 from ..engine.session import apply
 from ..reduction import Decision, OptionError, Reducer, UnsupportedError, View
+from ._patching import evaluating, replaced
 from .divergence import next_token_divergence
 
 __all__ = ["DEFAULT_ETA", "ETA_PRESETS", "choose_layer", "withdrawal_curve"]
@@ -76,7 +77,7 @@ def withdrawal_curve(
         raise OptionError(f"visual: {len(masks)} masks for {len(batches)} batches")
     layers = range(first_layer, anatomy.depth)
     total, done, rows = len(batches) * (1 + len(layers)), 0, []
-    with torch.no_grad(), _evaluating(anatomy.model):
+    with torch.no_grad(), evaluating(anatomy.model):
         for number, (batch, mask) in enumerate(zip(batches, masks)):
             columns: list[Tensor] = []
             for logits in _first_token_logits(anatomy, batch, mask, layers, number):
@@ -171,10 +172,10 @@ def _first_token_logits(
         with contextlib.ExitStack() as stack:
             stack.enter_context(apply(model, _Withdraw(layer), visual=trace.visual))
             if base is not decoder:
-                stack.enter_context(_replaced(base, "forward", resume))
+                stack.enter_context(replaced(base, "forward", resume))
             for i in range(layer):
                 states = listener.inputs.pop(layer) if i == layer - 1 else None
-                stack.enter_context(_replaced(anatomy.layers[i], "forward", _skip(listener.text, states, extra)))
+                stack.enter_context(replaced(anatomy.layers[i], "forward", _skip(listener.text, states, extra)))
             logits = _pick(model(**call).logits, last)
         yield logits
 
@@ -214,30 +215,3 @@ def _pick(logits: Tensor, last: Tensor | None) -> Tensor:
     slots, column = last.unique(return_inverse=True)
     column = column if logits.shape[1] == len(slots) else last
     return logits[torch.arange(len(logits), device=logits.device), column.to(logits.device)]
-
-
-@contextlib.contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An instance attribute for a while; whatever was there before (accelerate puts a `forward` there) comes back."""
-    missing = object()
-    before = module.__dict__.get(name, missing)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, module by module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

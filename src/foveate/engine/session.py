@@ -318,6 +318,8 @@ class Session:
         if done is None or done.trace is None or output is None:
             return None
         self.trace = done.finish()
+        if self._tower is not None and self.trace is not None:
+            self.trace.tower = list(self._tower.calls)
         states = getattr(output, "hidden_states", None)
         if states and done.first_frame is not None and states[0].shape[1] != done.length:
             # transformers records what layer 0 was given; callers expect the whole prompt there.

@@ -21,6 +21,7 @@ from ..ops.bipartite import Merging
 from ..reduction import UnsupportedError
 from .anatomy import Anatomy
 from .taps import AttentionTap
+from .trace import TowerCall
 from .vision import _lay, _square_plan
 
 __all__ = ["MergeSpec", "ShrinkSpec", "TowerReduction"]
@@ -82,6 +83,8 @@ class TowerReduction:
         self.class_token = bool(names & {"class_embedding", "cls_token"})
         self.maps: list[Tensor] = []
         """Per call of the tower (I, T): the token that each patch, class token included, went into."""
+        self.calls: list[TowerCall] = []
+        """Per call of the tower, how many tokens its layers computed."""
         self._undo: list[Callable[[], None]] = []
         self._schedule: list[int] = []
         self._by_length: dict[int, Tensor] = {}
@@ -142,7 +145,7 @@ class TowerReduction:
 
     def clear(self) -> None:
         """Forget what merged: new images are about to be encoded."""
-        self.maps, self._by_length, self._schedule = [], {}, []
+        self.maps, self.calls, self._by_length, self._schedule = [], [], {}, []
         self._map = self._size = self._key = self._pending = None
 
     def __enter__(self) -> TowerReduction:
@@ -163,12 +166,14 @@ class TowerReduction:
         self._map = torch.arange(tokens, device=hidden.device).expand(images, -1)
         self._size = torch.ones(images, tokens, 1, device=hidden.device)
         self._by_length = {tokens: self._map}
+        self.calls.append(TowerCall(images, []))
 
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         assert isinstance(self.spec, MergeSpec)
         hidden = args[0] if args else kwargs["hidden_states"]
         if self._map is None:
             self._start(hidden)
+        self.calls[-1].tokens.append((hidden.shape[1], hidden.shape[1]))
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if mask is not None:
             raise UnsupportedError(
@@ -205,7 +210,11 @@ class TowerReduction:
     # the MLP's output, equal for all members of a group, is its own mean.
     def _before_mlp(self, layer: int, norm: nn.Module, args: tuple) -> tuple | None:
         self._pending = self._match(layer, args[0])
-        return None if self._pending is None else (self._mean(self._pending, args[0]), *args[1:])
+        if self._pending is None:
+            return None
+        merged = self._mean(self._pending, args[0])
+        self.calls[-1].tokens[-1] = (args[0].shape[1], merged.shape[1])
+        return (merged, *args[1:])
 
     def _after_mlp(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         return None if self._pending is None else self._pending.unmerge(output)
@@ -239,9 +248,11 @@ class TowerReduction:
         if self.class_token:
             place = torch.cat([place.new_zeros(1), place + 1])
         self._map = place.expand(len(pixels), -1)
+        tokens = rows * columns + self.class_token
+        self.calls.append(TowerCall(len(pixels), [(tokens, tokens)] * len(self.layers)))
         if (rows, columns) == (height, width):
             return None
-        self._by_length = {rows * columns + self.class_token: self._map}
+        self._by_length = {tokens: self._map}
         pixels = interpolate(
             pixels.float(), size=(rows * patch, columns * patch), mode="bilinear", antialias=True, align_corners=False
         ).to(pixels.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,15 @@ from torch import Tensor
 from ..reduction import BEFORE_LAYERS
 from .layout import Layout
 
-__all__ = ["StageRecord", "Trace"]
+__all__ = ["StageRecord", "TowerCall", "Trace"]
+
+
+class TowerCall(NamedTuple):
+    """One call of a vision tower in which a method works on fewer tokens."""
+
+    images: int
+    tokens: list[tuple[int, int]]
+    """For each layer the tokens per image, class token included: those that attend, and those in its MLP."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Trace:
     records: list[StageRecord] = field(default_factory=list)
     kv_lengths: list[int] = field(default_factory=list)
     """Keys stored per layer after the prefill (row maximum in a ragged batch)."""
+    tower: list[TowerCall] = field(default_factory=list)
+    """What the vision tower computed, if the method works there; empty: all tokens in all its layers."""
 
     @property
     def stages(self) -> list[int]:

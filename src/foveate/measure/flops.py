@@ -60,12 +60,19 @@ class Schedule(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------- formulas
-def _lengths(geometry: Geometry, visual: Schedule | Trace | Tensor | Sequence[int] | None) -> list[list[int]]:
-    """Tokens entering each layer, one list per row."""
+def _lengths(
+    geometry: Geometry, visual: Schedule | Trace | Tensor | Sequence[int] | None, fillers: bool = False
+) -> list[list[int]]:
+    """Tokens entering each layer, one list per row; with `fillers` those of a trace as computed, padding included."""
     if isinstance(visual, Trace):
         if visual.n_layers != geometry.layers:
             raise ValueError(f"{geometry.name} has {geometry.layers} layers, the trace {visual.n_layers}")
-        counts = torch.stack([visual.active(layer - 1).sum(1) for layer in range(visual.n_layers)], dim=1)
+        active = [visual.active(layer - 1) for layer in range(visual.n_layers)]
+        counts = torch.stack([layer.sum(1) for layer in active], dim=1)
+        if fillers:
+            # Padding goes with the first token that is removed; from then on rows are as long as the longest.
+            whole = torch.tensor([torch.equal(layer, visual.tokens) for layer in active], device=counts.device)
+            counts = torch.where(whole, visual.tokens.shape[1], counts.amax(0)).expand_as(counts)
         return counts.tolist()
     if visual is None:
         visual = [geometry.visual_tokens] * geometry.layers
@@ -97,7 +104,10 @@ def paper_flops(geometry: Geometry, visual: Schedule | Trace | Tensor | Sequence
 
 
 def exact_flops(
-    geometry: Geometry, visual: Schedule | Trace | Tensor | Sequence[int] | None = None, logits: int = 1
+    geometry: Geometry,
+    visual: Schedule | Trace | Tensor | Sequence[int] | None = None,
+    logits: int = 1,
+    fillers: bool = False,
 ) -> int:
     """Prefill FLOPs of the decoder as torch counts them: 2 n (2 C H d + 2 C G d + k C m) + 4 n^2 H d per layer.
 
@@ -106,6 +116,7 @@ def exact_flops(
         visual: as in `paper_flops`.
         logits: positions per row for which the language-model head runs, 2 C V each; `generate` needs 1, 0 leaves the
             head out.
+        fillers: count the padding and the fillers of a ragged batch of a trace, too: they are computed.
 
     Raises:
         ValueError: another number of layers than the geometry has.
@@ -117,13 +128,16 @@ def exact_flops(
     )
     mlp = (3 if geometry.gated_mlp else 2) * width * geometry.intermediate_size
     weights = 2 * width * heads + 2 * width * groups + mlp
-    rows = _lengths(geometry, visual)
+    rows = _lengths(geometry, visual, fillers)
     layers = sum(2 * n * weights + 4 * n**2 * heads for row in rows for n in row)
     return layers + len(rows) * logits * 2 * width * geometry.vocab_size
 
 
 def kv_bytes(
-    geometry: Geometry, visual: Schedule | Trace | Tensor | Sequence[int] | None = None, dtype_bytes: int = 2
+    geometry: Geometry,
+    visual: Schedule | Trace | Tensor | Sequence[int] | None = None,
+    dtype_bytes: int = 2,
+    fillers: bool = False,
 ) -> int:
     """Bytes of the KV cache after the prefill, text included: 2 G d per token and layer.
 
@@ -133,12 +147,13 @@ def kv_bytes(
         geometry: the decoder.
         visual: as in `paper_flops`.
         dtype_bytes: 2 for fp16 and bf16.
+        fillers: count the padding and the fillers of a ragged batch of a trace, too: they are stored.
 
     Raises:
         ValueError: another number of layers than the geometry has.
     """
     stored = 0
-    for row in _lengths(geometry, visual):
+    for row in _lengths(geometry, visual, fillers):
         for layer, n in enumerate(row):
             window = geometry.window(layer)
             stored += n if window is None else min(n, window - 1)

@@ -20,6 +20,7 @@ from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
 from .layout import Layout
 from .masks import Reach, reduced_mask
+from .stopwatch import deciding
 from .taps import choose_rows, read_rows
 from .trace import StageRecord, Trace
 from .vision import VisionReader
@@ -217,6 +218,7 @@ class ForwardPass:
         return taken
 
     # ------------------------------------------------------------------------------------------------- decisions
+    @deciding
     def listen(self, layer: int, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> None:
         """Attention of a tapped decoder layer passes: read the rows its stage asks for."""
         if layer not in self.stages or self.visual is None:
@@ -235,6 +237,7 @@ class ForwardPass:
     def _active(self) -> Tensor:
         return self.tokens if self.active is None else self.active.keep
 
+    @deciding
     def _decide(self, stage: int, hidden: Tensor) -> Tensor:
         """Ask the method, carry out what it says, write it down. Returns the frame, a new one if tokens merged."""
         assert self.visual is not None

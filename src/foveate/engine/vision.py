@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..ops.attention import attention_received, attention_rows
 from ..reduction import Patches, UnsupportedError, VisionSpec
 from .anatomy import Anatomy
+from .stopwatch import deciding
 from .taps import AttentionTap
 
 __all__ = ["VisionReader"]
@@ -86,6 +87,7 @@ class VisionReader:
     def _reading(self, layer: int) -> _Reading:
         return self._readings.setdefault(layer, _Reading())
 
+    @deciding
     def _attending(
         self,
         layer: int,

@@ -6,8 +6,10 @@ import torch
 import foveate
 from foveate.evaluate.answer import ModelError, answer, batches, load
 from foveate.evaluate.compare import Contestant, compare, costs
+from foveate.evaluate.costs import sample_costs
 from foveate.evaluate.data import load as data
 from foveate.evaluate.score import accuracy, agreement, matches, normalise
+from foveate.measure import prefill_flops
 
 
 @pytest.fixture(scope="module")
@@ -62,29 +64,42 @@ def test_prompt_without_chat_template(vlm, monkeypatch):
 
 def test_comparison(vlm):
     sets = {"easy-vqa": data("easy-vqa", 12), "scenes": data("scenes", 12)}
-    contestants = [
-        Contestant("fastv", foveate.FastV(keep=1.0), 1.0),
-        Contestant("random", foveate.Random(keep=4), 4, {"seed": 0}),
-    ]
+    contestants = [Contestant("fastv", {}, 1.0), Contestant("random", {}, 4, 0)]
     seen = []
     rows = compare(vlm, sets, contestants, batch_size=4, timing_repeats=1, progress=lambda *at: seen.append(at))
     full, nothing, few = rows
     assert seen[-1] == (72, 72)
-    assert full.accuracy > 0.7
-    assert full.accuracy == pytest.approx(sum(full.accuracy_by_data.values()) / 2)
-    assert (full.agreement, full.flops_ratio, full.kv_ratio, full.relative) == (1, 1, 1, 1)
-    assert (nothing.accuracy, nothing.agreement, nothing.flops_ratio) == (full.accuracy, 1, 1)
-    assert nothing.kl == pytest.approx(0, abs=1e-6)
-    assert (few.visual_tokens_entering, few.visual_tokens_after) == (4, 4)
-    assert few.kl > 0.01
-    assert few.flops_ratio < 0.2
-    assert few.kv_ratio < 0.2
-    assert few.prefill_ms > 0
-    assert few.prefill_ms_full == full.prefill_ms
-    wrote = few.to_json()
+    assert [row["id"] for row in rows] == ["full", "fastv@1", "random@4"]
+    assert full["accuracy"] > 0.7
+    assert full["accuracy"] == pytest.approx(sum(full["accuracy_by_data"].values()) / 2)
+    assert [full[name] for name in ("agreement", "flops_ratio", "flops_total_ratio", "kv_ratio", "relative")] == [1] * 5
+    assert [nothing[name] for name in ("accuracy", "agreement", "flops_ratio")] == [full["accuracy"], 1, 1]
+    assert nothing["kl"] == pytest.approx(0, abs=1e-6)
+    assert nothing["p_full"] == 1
+    assert (few["visual_tokens_entering"], few["visual_tokens_after"]) == (4, 4)
+    assert few["kl"] > 0.01
+    assert few["flops_ratio"] < 0.2
+    assert few["flops_ratio"] < few["flops_total_ratio"] < 1
+    assert few["kv_ratio"] < 0.2
+    assert few["prefill_ms"] > 0
+    assert few["prefill_ms_full"] == full["prefill_ms"]
+    assert few["accuracy_ci"][0] <= few["accuracy"] <= few["accuracy_ci"][1]
     contract = {"method", "options", "keep", "accuracy", "accuracy_full", "relative", "agreement", "kl", "flops_ratio",
             "visual_tokens_entering", "visual_tokens_after", "kv_ratio", "prefill_ms", "prefill_ms_full"}  # fmt: skip
-    assert contract <= set(wrote)
+    assert contract <= set(few)
+
+
+def test_costs_of_samples_do_not_depend_on_their_company(vlm):
+    samples = data("scenes", 6)
+    with foveate.apply(vlm.model, foveate.Random(keep=7)) as session:
+        answer(vlm, vlm.inputs(samples))
+    together = sample_costs(vlm, session.trace, vlm.inputs(samples))
+    for sample, bill in zip(samples, together, strict=True):
+        with foveate.apply(vlm.model, foveate.Random(keep=7)) as session:
+            answer(vlm, vlm.inputs([sample]))
+        assert sample_costs(vlm, session.trace, vlm.inputs([sample])) == [bill]
+    total = costs(vlm, session.trace)
+    assert total.flops < prefill_flops(vlm.model, session.trace, vlm.inputs([sample])).total == together[-1].flops_total
 
 
 def test_costs_follow_the_trace(vlm):

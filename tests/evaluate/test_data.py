@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from foveate.evaluate.data import DataError, load, open_image
+from foveate.evaluate.data import DataError, choices_of, load, open_image, references
 
 
 @pytest.fixture
@@ -31,6 +31,41 @@ def test_jsonl_finds_images_beside_the_file(folder):
     assert first.image.getpixel((0, 0)) == (255, 0, 0)
     assert (first.question, first.answer) == ("which colour?", "red")
     assert (second.answer, second.kind, second.image_id) == ("3", "count", "b.png")
+
+
+def test_answers_of_several_people(folder):
+    objects = [{"answer": "red", "answer_id": 1}, {"answer": "blue", "answer_id": 2}]
+    first, second, third = load(
+        lines(folder / "d.jsonl", row(answer=None, answers=["a", "b", "b"]), row(answers=objects), row(image_id="x7"))
+    )
+    assert (first.answer, references(first)) == ("b", ("a", "b", "b"))
+    assert (second.answer, references(second)) == ("red", ("red", "blue"))
+    assert (third.image_id, references(third), choices_of(third)) == ("x7", ("red",), ())
+
+
+@pytest.mark.parametrize("answer", ["blue", "B", " b ", 1])
+def test_options_to_choose_from(folder, answer):
+    (sample,) = load(lines(folder / "d.jsonl", row(answer=answer, choices=["red", "blue"])))
+    assert (sample.answer, choices_of(sample)) == ("blue", ("red", "blue"))
+    assert sample.question == "which colour?\nA. red\nB. blue\nAnswer with the letter of the right option."
+    (sample,) = load(lines(folder / "d.jsonl", row(question="red or blue?", answer=answer, choices=["red", "blue"])))
+    assert sample.question == "red or blue?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"answers": "red"}, "'answers' must be a list"),
+        ({"answers": []}, "'answers' must be a list"),
+        ({"choices": ["red", None]}, "'choices' must be a list"),
+        ({"choices": ["blue", "green"]}, "'red' is none of the 'choices'"),
+        ({"choices": ["a", "b"], "answer": 2}, "2 is none"),
+        ({"answer": None}, "no 'answer'"),
+    ],
+)
+def test_columns_that_do_not_fit(folder, changes, said):
+    with pytest.raises(DataError, match=f"line 2.*{said}"):
+        load(lines(folder / "d.jsonl", row(), row(**changes)))
 
 
 def test_draw_is_seeded_and_checks_every_line(folder):

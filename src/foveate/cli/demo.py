@@ -58,15 +58,15 @@ def demo(
         headers,
         [
             [
-                row.method,
-                "1.0" if row.method == "full" else f"{row.keep}",
-                " ".join(f"{name}={value}" for name, value in row.options.items()) or "-",
-                *(f"{row.accuracy_by_data[name]:.3f}" for name in _DATA),
-                f"{row.agreement:.3f}",
-                f"{row.visual_tokens_entering:.1f}",
-                f"{row.flops_ratio:.0%}",
-                f"{row.kv_mb:.3f}",
-                "-" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
+                row["method"],
+                "1.0" if row["method"] == "full" else f"{row['keep']}",
+                " ".join(f"{name}={value}" for name, value in row["options"].items()) or "-",
+                *(f"{row['accuracy_by_data'][name]:.3f}" for name in _DATA),
+                f"{row['agreement']:.3f}",
+                f"{row['visual_tokens_entering']:.1f}",
+                f"{row['flops_ratio']:.0%}",
+                f"{row['kv_mb']:.3f}",
+                "-" if row["prefill_ms"] is None else f"{row['prefill_ms']:.1f}",
             ]
             for row in rows
         ],
@@ -77,7 +77,7 @@ def demo(
         "data": list(_DATA),
         "samples": samples,
         "seed": seed,
-        "rows": [row.to_json() for row in rows],
+        "rows": rows,
     }
     pictures = _pictures(vlm, questions)
     for name, figure in pictures.items():
@@ -89,7 +89,7 @@ def demo(
     say("and VTW, of those left after it for SparseVLM, as its paper counts. visual tokens: mean that entered a layer.")
     say("FLOPs: decoder prefill against the full model. KV: cache of one sample after the prefill. prefill: median for")
     say("a batch (of 16, given enough samples), vision tower included, methods in turns.")
-    worst = max((r * (1 - r) / samples) ** 0.5 for row in rows for r in row.accuracy_by_data.values())
+    worst = max((r * (1 - r) / samples) ** 0.5 for row in rows for r in row["accuracy_by_data"].values())
     say(f"Each accuracy is over {samples} questions: differences below about {2.8 * worst:.2f} are noise.")
     say(f"{time.perf_counter() - start:.0f} s. Pictures: {', '.join(str(out / name) for name in pictures)}")
 
@@ -107,18 +107,20 @@ def _contestants() -> Iterator[Any]:
     }
     for keep in _BUDGETS:
         for method, options in recipes.items():
-            yield Contestant(method, foveate.build(method, keep=keep, **options), keep, options)
+            yield Contestant(method, options, keep)
 
 
 def _pictures(vlm: Any, questions: Any) -> dict[str, Any]:
     """File name -> figure: what each method kept for some questions, and one method stage by stage."""
+    from ..evaluate.contestants import build_reducer
     from ..view import SheetCell, SheetRow, overlay, sheet
 
     budget = _BUDGETS[1]
     shown = [contestant for contestant in _contestants() if contestant.keep == budget]
+    reducers = [build_reducer(contestant, vlm) for contestant in shown]
     rows = []
     for sample in _telling(questions):
-        (full, _), *others = [_ask(vlm, sample, reducer) for reducer in (None, *(c.reducer for c in shown))]
+        (full, _), *others = [_ask(vlm, sample, reducer) for reducer in (None, *reducers)]
         cells = [SheetCell(c.method, trace, said) for c, (said, trace) in zip(shown, others)]
         rows.append(SheetRow(sample.image, sample.question, full, cells))
     first = rows[0]

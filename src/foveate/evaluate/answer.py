@@ -17,7 +17,7 @@ from torch import nn
 
 from .data import Sample
 
-__all__ = ["VLM", "Answers", "Batch", "ModelError", "answer", "batches", "load", "prefill_seconds"]
+__all__ = ["VLM", "Answers", "Batch", "ModelError", "answer", "batches", "groups", "load", "prefill_seconds"]
 
 ZOO = "zoo:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -179,20 +179,25 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def batches(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[Batch]:
-    """Batches of at most `size` samples of equal shape: no row is padded, none computes for nothing.
+def groups(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[list[int]]:
+    """Numbers of at most `size` samples of equal shape: no row is padded, none computes for nothing.
 
     Prompts of equal token count about images of equal size have equal shape for every processor.
     """
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    shapes: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
         length = len(vlm.tokenizer(vlm.prompt(sample.question)).input_ids)
-        groups.setdefault((length, sample.image.size), []).append(index)
-    for indices in groups.values():
+        shapes.setdefault((length, sample.image.size), []).append(index)
+    for indices in shapes.values():
         for start in range(0, len(indices), size):
-            chosen = indices[start : start + size]
-            rows = [samples[i] for i in chosen]
-            yield Batch(chosen, rows, vlm.inputs(rows))
+            yield indices[start : start + size]
+
+
+def batches(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[Batch]:
+    """Batches of at most `size` samples of equal shape, see `groups`."""
+    for indices in groups(vlm, samples, size):
+        rows = [samples[i] for i in indices]
+        yield Batch(indices, rows, vlm.inputs(rows))
 
 
 @dataclass

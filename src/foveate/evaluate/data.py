@@ -8,15 +8,18 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from PIL import Image
 
 from ..zoo.scenes import Sample, scenes
 
-__all__ = ["DATASETS", "DataError", "Sample", "load", "open_image"]
+__all__ = ["DATASETS", "DataError", "LabelledSample", "Sample", "choices_of", "load", "open_image", "references"]
 
 DATASETS = ("easy-vqa", "scenes")
 """Names `load` knows; anything else is a file."""
@@ -28,12 +31,38 @@ class DataError(ValueError):
     """A data set or an image cannot be read. The message names the file and, where there is one, the line."""
 
 
+@dataclass(frozen=True)
+class LabelledSample(Sample):
+    """A sample with more than one right answer, or with options to choose from.
+
+    Attributes:
+        answers: what several people answered; `answer` is what most of them said.
+        choices: the options, in the order of their letters; `answer` is the text of the right one.
+    """
+
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+
+
+def references(sample: Sample) -> tuple[str, ...]:
+    """All answers that count as right, at least one."""
+    return getattr(sample, "answers", ()) or (sample.answer,)
+
+
+def choices_of(sample: Sample) -> tuple[str, ...]:
+    """The options of a multiple-choice question, () for any other."""
+    return getattr(sample, "choices", ())
+
+
 def load(name_or_path: str | Path, count: int | None = None, seed: int = 0) -> list[Sample]:
     """Samples of a data set.
 
     Args:
         name_or_path: "easy-vqa" (test split), "scenes" (held-out split), or a `.jsonl` or `.parquet` file whose rows
-            have `image` (a path relative to the file; in Parquet also the bytes), `question` and `answer`.
+            have `image` (a path relative to the file; in Parquet also the bytes), `question` and `answer`. Optional:
+            `kind`, `image_id`; `answers`, a list of what several people said (then `answer` may be left out);
+            `choices`, a list of options of which `answer` is one (text, letter, or number from 0 on). Options that the
+            question does not spell out are put behind it.
         count: how many samples, drawn at random; None for all of them (1000 scene questions).
         seed: of the draw.
 
@@ -126,12 +155,48 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _checked(path: Path, where: str, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"data {path}, {where}: expected an object with {', '.join(_COLUMNS)}")
+    answers, choices = (_texts(path, where, row, column) for column in ("answers", "choices"))
+    if row.get("answer") is None and answers:
+        row = {**row, "answer": Counter(answers).most_common(1)[0][0]}
     for column in _COLUMNS:
         if row.get(column) is None:
             raise DataError(f"data {path}, {where}: no {column!r}")
     if not isinstance(row["question"], str) or not isinstance(row["answer"], str | int | float):
         raise DataError(f"data {path}, {where}: 'question' and 'answer' must be text")
-    return row
+    if choices:
+        right = _right_choice(row["answer"], choices)
+        if right is None:
+            raise DataError(f"data {path}, {where}: answer {row['answer']!r} is none of the 'choices'")
+        row = {**row, "answer": choices[right]}
+    return {**row, "answers": answers, "choices": choices}
+
+
+def _texts(path: Path, where: str, row: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    """A list of texts, () where the row has none. VQA's {"answer": ...} objects are texts, too."""
+    values = row.get(column)
+    if values is None:
+        return ()
+    if isinstance(values, list):
+        values = [value.get("answer") if isinstance(value, dict) else value for value in values]
+    if not isinstance(values, list) or not values or not all(isinstance(v, str | int | float) for v in values):
+        raise DataError(f"data {path}, {where}: {column!r} must be a list of texts")
+    return tuple(map(str, values))
+
+
+def _right_choice(answer: str | int | float, choices: tuple[str, ...]) -> int | None:
+    """Index of the option that an answer column names by text, letter or number."""
+    if str(answer) in choices:
+        return choices.index(str(answer))
+    letters = ascii_uppercase[: len(choices)]
+    index = letters.find(answer.strip().upper()) if isinstance(answer, str) and len(answer.strip()) == 1 else answer
+    return int(index) if isinstance(index, int) and 0 <= index < len(choices) else None
+
+
+def _with_choices(question: str, choices: tuple[str, ...]) -> str:
+    if all(choice.lower() in question.lower() for choice in choices):
+        return question
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices))
+    return f"{question}\n{options}\nAnswer with the letter of the right option."
 
 
 def _sample(path: Path, where: str, row: Mapping[str, Any]) -> Sample:
@@ -146,10 +211,14 @@ def _sample(path: Path, where: str, row: Mapping[str, Any]) -> Sample:
         image = open_image(source)
     except DataError as error:
         raise DataError(f"data {path}, {where}: {error}") from error
-    return Sample(
-        image=image,
-        question=row["question"],
-        answer=str(row["answer"]),
-        kind=str(row.get("kind", "")),
-        image_id=str(row["image"]) if isinstance(row["image"], str) else where,
-    )
+    named = row.get("image_id", row["image"])
+    common: dict[str, Any] = {
+        "image": image,
+        "question": _with_choices(row["question"], row["choices"]),
+        "answer": str(row["answer"]),
+        "kind": str(row.get("kind", "")),
+        "image_id": str(named) if isinstance(named, str | int) else where,
+    }
+    if row["answers"] or row["choices"]:
+        return LabelledSample(**common, answers=row["answers"], choices=row["choices"])
+    return Sample(**common)

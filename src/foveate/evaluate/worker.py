@@ -1,0 +1,45 @@
+"""A further process of a sweep, started by `sweep`: `python -m foveate.evaluate.worker FOLDER NUMBER WORKERS`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+from .answer import load
+from .store import Folder
+from .sweep import questions, run_shard, runner_of, share_threads
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Answer one share of the batches of the plan in a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("number", type=int)
+    parser.add_argument("workers", type=int)
+    parser.add_argument("--no-share-vision", action="store_true")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    share_threads(arguments.workers)
+    folder = Folder(arguments.folder)
+    plan = folder.plan()
+    vlm = load(plan.model, plan.dtype, plan.device)  # type: ignore[arg-type]
+    runner = runner_of(
+        plan, vlm, questions(plan.data, plan.samples, plan.seed, plan.metric), not arguments.no_share_vision
+    )
+    run_shard(folder, runner, arguments.number, arguments.workers)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # returns when the parent is gone, however it went
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Entries, budgets, seeds and names of contestants; what a model refuses."""
+
+import pytest
+
+import foveate
+from foveate.evaluate.answer import load
+from foveate.evaluate.contestants import FULL, Contestant, Entry, build_reducer, entries_for, expand, refusal
+from foveate.evaluate.data import load as data
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load("zoo:tiny-llava")
+
+
+def test_budgets_and_seeds():
+    found = expand([Entry("random"), Entry("fastv", {"layer": 1}), Entry("pumer")], [0.5, 8], [0, 3])
+    assert [each.id for each in found] == [
+        "random@0.5#0", "random@0.5#3", "random@8#0", "random@8#3", "fastv[layer=1]@0.5", "fastv[layer=1]@8", "pumer",
+    ]  # fmt: skip
+    assert [each.row for each in found[:4]] == ["random@0.5", "random@0.5", "random@8", "random@8"]
+    assert [Contestant.from_json(each.to_json()) for each in found] == found
+    assert FULL.id == FULL.row == "full"
+
+
+def test_an_entry_with_its_own_budget_or_seed():
+    found = expand(
+        [Entry("vtw", {"layer": 4, "keep": None}), Entry("random", {"seed": 9}), Entry("dart", {}, [3])], [0.2], [0, 1]
+    )
+    assert [each.id for each in found] == ["vtw[layer=4]", "random[seed=9]@0.2", "dart@3"]
+    with pytest.raises(foveate.OptionError, match="dart@3 is listed twice"):
+        expand([Entry("dart", {}, [3]), Entry("dart", {}, [3])], [], [])
+    with pytest.raises(foveate.BudgetError, match=r"keep=1\.5"):
+        expand([Entry("dart")], [1.5], [])
+
+
+def test_companions_have_two_entries_on_the_model_that_has_one(vlm):
+    entries = entries_for("cdpruner", {}, "zoo:tiny-llava")
+    assert [dict(entry.options) for entry in entries] == [
+        {"similarity": "llm"}, {"clip": "zoo:tiny-clip", "negate": False},
+    ]  # fmt: skip
+    assert len(entries_for("recoverable", {}, "zoo:tiny-llava")) == 2
+    assert len(entries_for("cdpruner", {"similarity": "llm"}, "zoo:tiny-llava")) == 1
+    assert len(entries_for("cdpruner", {}, "llava-hf/llava-1.5-7b-hf")) == 1
+    (sample,) = data("scenes", 1)
+    for contestant in expand(entries, [0.2], []):
+        assert refusal(contestant, vlm, sample) is None
+    with pytest.raises(foveate.OptionError, match="zoo:huge-clip"):
+        build_reducer(Contestant("cdpruner", {"clip": "zoo:huge-clip"}, 0.2), vlm)
+
+
+def test_what_cannot_take_part_says_why(vlm):
+    (sample,) = data("scenes", 1)
+    assert "encoder" in str(refusal(Contestant("pumer"), vlm, sample)).lower()
+    assert "99" in str(refusal(Contestant("fastv", {"layer": 99}, 0.5), vlm, sample))
+    assert refusal(FULL, vlm, sample) is None
+    with pytest.raises(foveate.OptionError, match="layers"):
+        entries_for("fastv", {"layers": 3}, "zoo:tiny-llava")
+    with pytest.raises(foveate.OptionError, match=r"fastr.*fastv"):
+        entries_for("fastr", {}, "zoo:tiny-llava")

@@ -1,18 +1,19 @@
 """The command line: `foveate COMMAND`. Commands are thin; what they do lives in the packages they call.
 
 * `shell`: what all commands share: one-line errors, tables, progress, files written whole.
-* `demo`, `run`, `tune`, `paper` (`methods`, `flops`): the commands.
+* `demo`, `run`, `sweep`, `tune`, `paper` (`methods`, `flops`): the commands.
 """
 
 from .demo import demo
 from .paper import flops, methods
 from .run import run
 from .shell import app
+from .sweep import sweep
 from .tune import tune
 
 __all__ = ["app", "main"]
 
-for command in (demo, methods, run, flops, tune):
+for command in (demo, methods, run, flops, sweep, tune):
     app.command()(command)
 
 

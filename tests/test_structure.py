@@ -176,7 +176,6 @@ def test_all_names_exist():
 def test_importing_the_package_stays_light():
     """Optional and heavy parts are imported only when asked for."""
     heavy = [
-        "accelerate",
         "gradio",
         "matplotlib",
         "peft",

@@ -1,7 +1,7 @@
 """The command line: `foveate COMMAND`. Commands are thin; what they do lives in the packages they call.
 
 * `shell`: what all commands share: one-line errors, tables, progress, files written whole.
-* `demo`, `run`, `sweep`, `tune`, `paper` (`methods`, `flops`): the commands.
+* `demo`, `run`, `sweep`, `train`, `tune`, `paper` (`methods`, `flops`): the commands.
 """
 
 from .demo import demo
@@ -9,11 +9,12 @@ from .paper import flops, methods
 from .run import run
 from .shell import app
 from .sweep import sweep
+from .train import train
 from .tune import tune
 
 __all__ = ["app", "main"]
 
-for command in (demo, methods, run, flops, sweep, tune):
+for command in (demo, methods, run, flops, sweep, tune, train):
     app.command()(command)
 
 

@@ -1,0 +1,181 @@
+"""A run from its settings to a trained model: everything is made, trained, evaluated and saved here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..evaluate.answer import ModelError, _quiet
+from ..reduction import Reducer
+from .settings import Settings, same_run
+
+__all__ = ["TrainingError", "last_checkpoint", "main_process", "run"]
+
+Progress = Callable[[int, int], None]
+Report = Callable[[Mapping[str, float]], None]
+
+IDENTITY = "run.json"
+RESULT = "result.json"
+START = "start.json"
+
+
+class TrainingError(ValueError):
+    """A run that cannot be started: something is missing, or its folder holds another one. The message names it."""
+
+
+def run(
+    settings: Settings, reducer: Reducer | None, progress: Progress | None = None, report: Report | None = None
+) -> dict[str, Any]:
+    """Train a model; go on where an earlier call with the same settings was interrupted.
+
+    `settings.out` will hold the model (`from_pretrained`), `result.json`, `run.json` (the settings), checkpoints and
+    TensorBoard logs (`logs/`).
+
+    Args:
+        reducer: at work in the model during training and evaluation; None for the full model.
+        progress: called with (steps done, steps).
+        report: called with every record that is logged.
+
+    Returns:
+        What `result.json` holds: settings, accuracy by data set before and after training and of the teacher, seconds.
+
+    Raises:
+        TrainingError: an optional dependency is missing, or the folder holds another run.
+        ModelError, DataError, OptionError, UnsupportedError: whatever is wrong with model, data, options.
+    """
+    need("accelerate")
+    from .models import ENCODERS, family_of
+
+    family = family_of(settings.model)
+    if family in ENCODERS:
+        from .encoder import train_encoder as train
+    else:
+        raise ModelError(f"model {settings.model}: {family!r} models are not trained yet")
+    with _quiet():
+        return train(settings, family, reducer, progress, report)
+
+
+def need(package: str) -> None:
+    """Raises `TrainingError` if an optional dependency is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise TrainingError(f"training needs {package}: pip install 'foveate[train]'")
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+    found = []
+    for state in out.glob("checkpoint-*/trainer_state.json"):
+        try:
+            found.append((int(json.loads(state.read_text())["global_step"]), state.parent))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(found)[1] if found else None
+
+
+def finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a run that is done already. Raises `TrainingError` if the folder is another run's."""
+    _claim(out, identity)
+    result = out / RESULT
+    return json.loads(result.read_text()) if result.is_file() else None
+
+
+def _claim(out: Path, identity: Mapping[str, Any]) -> None:
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"out {out}: a file; give a folder")
+    path = out / IDENTITY
+    if path.is_file():
+        difference = same_run(json.loads(path.read_text()), identity)
+        if difference is not None:
+            raise TrainingError(f"out {out}: holds a run with other settings ({difference}); give another folder")
+    elif last_checkpoint(out) is not None or (out / "config.json").exists():
+        raise TrainingError(f"out {out}: holds a model or checkpoints of something else; give another folder")
+
+
+def measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds from an earlier start of the run; else what is measured now, and kept there."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    found = measure()
+    if main_process():
+        write(path, found)
+    return found
+
+
+def write(path: Path, content: Any) -> None:
+    """JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def resume_from(settings: Settings) -> str | None:
+    """Checkpoint to go on from; newer ones, which were cut off, are removed. Raises `TrainingError`."""
+    out, checkpoint = settings.out, last_checkpoint(settings.out)
+    if settings.resume and checkpoint is None:
+        raise TrainingError(f"out {out}: has no checkpoint to resume from")
+    if settings.resume is False and checkpoint is not None:
+        raise TrainingError(f"out {out}: has a checkpoint, {checkpoint.name}; resume it, or give another folder")
+    _forget_partial(out, checkpoint)
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _forget_partial(out: Path, kept: Path | None) -> None:
+    for folder in out.glob("checkpoint-*"):
+        if kept is None or int(folder.name.split("-")[-1]) > int(kept.name.split("-")[-1]):
+            shutil.rmtree(folder)
+
+
+def arguments(settings: Settings) -> Any:
+    """The Trainer's arguments for a run."""
+    from transformers import TrainingArguments
+
+    assert settings.steps is not None
+    assert settings.batch is not None
+    return TrainingArguments(
+        output_dir=str(settings.out),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr or 0.0,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="polynomial",
+        warmup_steps=round(settings.warmup * settings.steps),
+        max_grad_norm=settings.clip,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        logging_steps=settings.log_every,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=settings.keep_checkpoints,
+        dataloader_num_workers=settings.workers,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
+        disable_tqdm=True,
+        label_names=["labels"],
+    )
+
+
+def main_process() -> bool:
+    """Whether this process speaks and writes for all."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def processes() -> int:
+    """How many processes train together; as `accelerate launch` says."""
+    from accelerate import PartialState
+
+    return PartialState().num_processes

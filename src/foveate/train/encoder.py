@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine.session import apply
 from ..evaluate.answer import ModelError
 from ..evaluate.data import DataError
 from ..reduction import Reducer
 from .batches import Collator, Held
 from .data import Finite, Mixture, Source, evaluation, open_source, parts
 from .models import Student, known_labels, load_encoder
-from .run import (
-    IDENTITY,
-    RESULT,
-    START,
-    Progress,
-    Report,
-    arguments,
-    finished,
-    main_process,
-    measured_once,
-    processes,
-    resume_from,
-    write,
-)
+from .run import Progress, Report, carry_out, finished, processes
 from .settings import Settings
+from .trainer import EncoderTrainer
 from .vocabulary import Vocabulary
 
 __all__ = ["train_encoder"]
@@ -55,14 +42,28 @@ def train_encoder(
     vocabulary = _vocabulary(settings, sources)
     if vocabulary is not None:
         mixture = Mixture(_known(settings, sources, vocabulary), list(weights.values()), settings.seed)
-    assert settings.batch is not None
-    assert settings.steps is not None
-    mixture.length = settings.steps * settings.batch * settings.accumulate * everyone
-    names = [parts((text,)) for text in settings.eval_data or settings.data]
-    held = Held(evaluation([name for one in names for name in one], settings.task, settings.eval_samples, held_out))
+    mixture.length = settings.positions(everyone)
+    names = list(parts(settings.eval_data or settings.data))
+    held = Held(evaluation(names, settings.task, settings.eval_samples, held_out))
     student = load_encoder(settings.model, settings.task, vocabulary, settings.seed)
     teacher = _teacher(settings, vocabulary)
-    return _train(settings, identity, student, teacher, reducer, vocabulary, mixture, held, progress, report)
+
+    def make(**shared: Any) -> EncoderTrainer:
+        collate = functools.partial(Collator, settings.task, student, vocabulary, negatives=settings.negatives)
+        return EncoderTrainer(
+            student.model,
+            data_collator=collate(positions=mixture, augment=settings.augment),
+            train_dataset=mixture,
+            eval_dataset=held,
+            teacher=None if teacher is None else teacher.model,
+            eval_collator=collate(positions=held),
+            **shared,
+        )
+
+    def save() -> None:
+        student.save(settings.out)
+
+    return carry_out(settings, identity, student.model, reducer, held, make, save, progress, report)
 
 
 def _vocabulary(settings: Settings, sources: Sequence[Source]) -> Vocabulary | None:
@@ -104,55 +105,3 @@ def _teacher(settings: Settings, vocabulary: Vocabulary | None) -> Student | Non
     if teacher.fresh:
         raise ModelError(f"teacher {settings.teacher}: has no trained head for task {settings.task}")
     return teacher
-
-
-def _train(
-    settings: Settings,
-    identity: dict[str, Any],
-    student: Student,
-    teacher: Student | None,
-    reducer: Reducer | None,
-    vocabulary: Vocabulary | None,
-    mixture: Mixture,
-    held: Held,
-    progress: Progress | None,
-    report: Report | None,
-) -> dict[str, Any]:
-    from transformers import PrinterCallback
-
-    from .trainer import EncoderTrainer, Watcher
-
-    def collator(positions: Mixture | Held, augment: bool) -> Collator:
-        return Collator(settings.task, student, vocabulary, positions, settings.negatives, augment)
-
-    checkpoint = resume_from(settings)
-    session = None if reducer is None else apply(student.model, reducer)
-    try:
-        trainer = EncoderTrainer(
-            student.model,
-            arguments(settings),
-            data_collator=collator(mixture, settings.augment),
-            train_dataset=mixture,
-            eval_dataset=held,
-            settings=settings,
-            names=[source.name for source in held.sources],
-            teacher=None if teacher is None else teacher.model,
-            eval_collator=collator(held, False),
-            callbacks=[Watcher(progress, report)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if main_process():
-            write(settings.out / IDENTITY, identity)
-        start = measured_once(settings.out / START, trainer.start)
-        begun = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.monotonic() - begun
-        accuracy = trainer.accuracy()
-    finally:
-        if session is not None:
-            session.remove()
-    result = {**identity, **start, "accuracy": accuracy, "seconds": seconds, "history": trainer.state.log_history}
-    if main_process():
-        student.save(settings.out)
-        write(settings.out / RESULT, result)
-    return result

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.answer import ModelError, _quiet
+from ..engine.session import apply
+from ..evaluate.answer import _quiet
 from ..reduction import Reducer
 from .settings import Settings, same_run
 
@@ -55,9 +58,55 @@ def run(
     if family in ENCODERS:
         from .encoder import train_encoder as train
     else:
-        raise ModelError(f"model {settings.model}: {family!r} models are not trained yet")
+        from .decoder import train_decoder as train
     with _quiet():
         return train(settings, family, reducer, progress, report)
+
+
+def carry_out(
+    settings: Settings,
+    identity: Mapping[str, Any],
+    model: Any,
+    reducer: Reducer | None,
+    held: Any,
+    make: Callable[..., Any],
+    save: Callable[[], None],
+    progress: Progress | None,
+    report: Report | None,
+) -> dict[str, Any]:
+    """Train with the reducer at work, and write the result.
+
+    Args:
+        model: what the reducer is applied to.
+        held: evaluation rows.
+        make: makes the trainer, given what all trainers share.
+        save: writes the trained model.
+    """
+    from transformers import PrinterCallback
+
+    from .trainer import Watcher
+
+    checkpoint = resume_from(settings)
+    with contextlib.nullcontext() if reducer is None else apply(model, reducer):
+        trainer = make(
+            args=arguments(settings),
+            settings=settings,
+            names=[source.name for source in held.sources],
+            callbacks=[Watcher(progress, report)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if main_process():
+            write(settings.out / IDENTITY, identity)
+        start = measured_once(settings.out / START, trainer.start)
+        begun = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.monotonic() - begun
+        accuracy = trainer.accuracy()
+    result = {**identity, **start, "accuracy": accuracy, "seconds": seconds, "history": trainer.state.log_history}
+    if main_process():
+        save()
+        write(settings.out / RESULT, result)
+    return result
 
 
 def need(package: str) -> None:

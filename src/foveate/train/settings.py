@@ -44,14 +44,14 @@ _PRESETS = {
     ("meter", "ve"): Preset(2e-6, 24, 10, 5),
     ("meter", "retrieval"): Preset(5e-6, 2, 10, 5),  # not the paper's
 }
-_DECODER = Preset(2e-4, 8)
-"""LoRA, as commonly used for LLaVA; no paper of ours trains a decoder."""
+_LORA, _DECODER = Preset(2e-4, 8), Preset(2e-5, 8)
+"""LLaVA's usual rates, with adapters and without; no method's paper trains a decoder."""
 
 
-def preset(family: str, task: str) -> Preset:
+def preset(family: str, task: str, lora: bool = False) -> Preset:
     """Settings for a model type ("vilt", "meter", ...) and task. BridgeTower takes METER's: no paper trained it so."""
     family = {"bridgetower": "meter"}.get(family, family)
-    return _PRESETS.get((family, task), _DECODER)
+    return _PRESETS.get((family, task), _LORA if lora else _DECODER)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Settings:
 
     def filled(self, family: str, examples: int, processes: int) -> Settings:
         """All open choices made, for a model type and a mixture of `examples` examples."""
-        known = preset(family, self.task)
+        known = preset(family, self.task, self.lora_rank > 0)
         batch = self.batch or known.batch
         steps = self.steps
         if steps is None:
@@ -154,6 +154,12 @@ class Settings:
             cross_lr=self.cross_lr or known.cross_lr,
             lora_alpha=self.lora_alpha or (2.0 * self.lora_rank or None),
         )
+
+    def positions(self, processes: int) -> int:
+        """Examples that the whole run sees, once filled in."""
+        assert self.steps is not None
+        assert self.batch is not None
+        return self.steps * self.batch * self.accumulate * processes
 
     def identity(self, processes: int) -> dict[str, Any]:
         """What the final weights depend on, ready for JSON."""

@@ -56,11 +56,15 @@ class ReducedTrainer(Trainer):
     Args:
         settings: all filled in.
         names: of the evaluation data sets, by number.
+        teacher: a full model; it is frozen.
     """
 
-    def __init__(self, *args: Any, settings: Settings, names: list[str], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, settings: Settings, names: list[str], teacher: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.settings, self.names = settings, names
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self.loss_is_scaled_for_ga = False  # our losses are means over a batch
         self.model_accepts_loss_kwargs = False
         self._passes = (-1, 0)
@@ -131,6 +135,13 @@ class ReducedTrainer(Trainer):
         named = {name: float(right / count) for name, right, count in zip(self.names, *sums.tolist()) if count}
         return {**named, "all": float(sums[0].sum() / sums[1].sum())}
 
+    def start(self) -> dict[str, Any]:
+        """Before the first step: accuracy of the student, reduced as it will be, and of the teacher."""
+        found: dict[str, Any] = {"before": self.accuracy()}
+        if self.teacher is not None:
+            found["accuracy_teacher"] = self.accuracy(self.teacher)
+        return found
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -144,9 +155,8 @@ class ReducedTrainer(Trainer):
 class EncoderTrainer(ReducedTrainer):
     """PuMer, or plain fine-tuning, of an encoder-style model: task loss plus distillation from a frozen full model."""
 
-    def __init__(self, *args: Any, teacher: nn.Module | None = None, eval_collator: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, eval_collator: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self.eval_collator = eval_collator
 
     def _logits(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -201,13 +211,6 @@ class EncoderTrainer(ReducedTrainer):
                 yield source, row_scores(self.settings.task, logits.float(), labels)
         finally:
             model.train(training)
-
-    def start(self) -> dict[str, Any]:
-        """Before the first step: accuracy of the student, reduced as it will be, and of the teacher."""
-        found: dict[str, Any] = {"before": self.accuracy()}
-        if self.teacher is not None:
-            found["accuracy_teacher"] = self.accuracy(self.teacher)
-        return found
 
 
 class Watcher(TrainerCallback):

@@ -88,10 +88,11 @@ def adapt(model: nn.Module, settings: Settings) -> Any:
     linear = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     names = settings.lora_targets or tuple(sorted({name.rpartition(".")[2] for name in linear}))
     where = "" if settings.lora_targets else re.escape(inside) + r"\."
+    alpha: Any = settings.lora_alpha or 2 * settings.lora_rank
     torch.manual_seed(settings.seed)  # of the adapters' first weights
     config = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        lora_alpha=alpha,
         target_modules=rf"{where}(.*\.)?({'|'.join(map(re.escape, names))})",
     )
     try:

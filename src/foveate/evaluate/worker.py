@@ -37,7 +37,8 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the parent is gone, however it went
+    # Returns when the parent is gone, however it went. sys.stdin would hold a lock that the interpreter needs to end.
+    os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 
 

@@ -24,7 +24,7 @@ from ..engine.layout import Layout
 from ..engine.trace import Trace
 from .patches import Canvas, background, canvases, count_kept, paint, panels, pruning_stages, stage_name
 
-__all__ = ["SheetCell", "SheetRow", "overlay", "save", "sheet"]
+__all__ = ["SheetCell", "SheetRow", "new_figure", "overlay", "save", "sheet"]
 
 _INK, _PAPER, _SOFT, _GOOD, _BAD = "#1b1f24", "#ffffff", "#6a737d", "#1a7f37", "#cf222e"
 
@@ -39,9 +39,10 @@ def _show(axes: Any, pixels: np.ndarray, title: str, colour: str = _INK) -> None
         spine.set_visible(False)
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, facecolor=_PAPER)
-    FigureCanvasAgg(figure)  # no pyplot: no display, no global state
+def new_figure(width: float, height: float, paper: str = _PAPER) -> Figure:
+    """An empty figure of so many inches, without a display and without global state."""
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=paper)
+    FigureCanvasAgg(figure)
     return figure
 
 
@@ -81,7 +82,7 @@ def overlay(
     rows = each * len(lines)
     aspect = max(line[0].pixels.shape[0] / line[0].pixels.shape[1] for line in lines)
     height = head + rows * (2.4 * min(aspect, 2.0) + 0.38)
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=1 - (head + 0.26) / height, wspace=0.06, hspace=0.18)
     for number, line in enumerate(lines):
@@ -149,7 +150,7 @@ def sheet(rows: Sequence[SheetRow], title: str | None = None) -> Figure:
     head = 0.42 if title else 0.1
     width, each = 2.3 * columns + 0.2, 2.95
     height = head + each * len(rows)
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - (head + 0.5) / height, wspace=0.05, hspace=0.3)
     for line, row in zip(axes, rows):

@@ -1,0 +1,249 @@
+"""The tables of the report, each from the results to HTML."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+from ..evaluate.contestants import FULL
+from .findings import Versus, best_per_budget, versus_baselines
+from .folder import AXES, Entry, Results
+from .kinds import loss_by_kind, signed_points
+from .page import Cell, Head, percent, table
+
+__all__ = [
+    "ABOUT_KINDS",
+    "ABOUT_ROWS",
+    "ABOUT_VERSUS",
+    "best",
+    "by_data",
+    "by_kind",
+    "facts",
+    "progress",
+    "refused",
+    "rows",
+    "versus",
+]
+
+ABOUT_ROWS = (
+    "Below each accuracy its 95 % interval (bootstrap; questions about one image are drawn together). p: paired "
+    "permutation test, not corrected for the number of rows; vs random: against the Random row of the most similar "
+    "token count. KL: of the first answer token, in nats. Tokens: visual ones that enter a decoder layer, and below "
+    "that are left after it, layer mean. FLOPs of the prefill and KV cache: of the full model's. Front: nothing in the "
+    "sweep is as cheap (in tokens, FLOPs or ms) and more accurate."
+)
+ABOUT_VERSUS = (
+    "Difference in percentage points to the baseline at the same total FLOPs (vision tower included); between two of "
+    "its budgets the baseline is a mixture of both, and the full model is its largest. Up and down: shown better or "
+    "worse (paired test, Holm over all settings, p < 0.05). Grey: no difference shown. n/a: cheaper than the baseline "
+    "ever was."
+)
+ABOUT_KINDS = (
+    "Percentage points against the full model, for each kind of question on its own. Bold: paired test p < 0.05, not "
+    "corrected; with so many cells some are bold by chance."
+)
+_SURE = 0.05
+_SIGNS = {"better": "\N{BLACK UP-POINTING TRIANGLE}", "worse": "\N{BLACK DOWN-POINTING TRIANGLE}"}
+
+
+def _method(entry: Entry) -> Cell:
+    """Name with all its options."""
+    options = " ".join(f"{name}={value}" for name, value in (entry.row.get("options") or {}).items())
+    seeds = f"{len(entry.seeds)} seeds" if len(entry.seeds) > 1 else ""
+    small = ", ".join(part for part in (options, seeds) if part)
+    shown = escape(entry.method) + (f'<small class="options">{escape(small)}</small>' if small else "")
+    return Cell(entry.label, f"{entry.name} {_budget(entry.keep):08.3f}", html=shown)
+
+
+def _budget(keep: int | float | None) -> float:
+    return -1.0 if keep is None else float(keep)
+
+
+def _keep(entry: Entry) -> Cell:
+    return Cell("-" if entry.keep is None else f"{entry.keep:g}", _budget(entry.keep))
+
+
+def _share(value: float, interval: Any) -> Cell:
+    small = f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
+    return Cell(f"{value:.1%}", value, small)
+
+
+def _number(value: float | None, digits: int) -> Cell:
+    return Cell("-", -1.0) if value is None else Cell(f"{value:.{digits}f}", value)
+
+
+def _with(cell: Cell, below: Cell) -> Cell:
+    return replace(cell, small=below.text)
+
+
+def _p(value: float | None) -> Cell:
+    if value is None:
+        return Cell("-", 2.0)
+    return Cell("<0.001" if value < 0.001 else f"{value:.3f}", value, css="sure" if value < _SURE else "unsure")
+
+
+def _milliseconds(entry: Entry) -> Cell:
+    ours, full = entry.row.get("prefill_ms"), entry.row.get("prefill_ms_full")
+    if ours is None:
+        return Cell("-", -1.0)
+    return Cell(f"{ours:.1f}", ours, f"{ours / full:.0%}" if full else "")
+
+
+def _everyone(results: Results) -> list[Entry]:
+    return [*([results.full] if results.full else []), *results.entries]
+
+
+# ----------------------------------------------------------------------------------------------------- what was run
+def facts(results: Results) -> str:
+    """Model, data, machine and time, as a list of terms."""
+    plan = results.plan
+    groups = results.groups("data")
+    seeds = sorted({c.seed for c in plan.contestants if c.seed is not None})
+    lines = {
+        "model": f"{plan.model}, {plan.dtype} on {plan.device}" + (f", weights {plan.weights}" if plan.weights else ""),
+        "data": "; ".join(
+            f"{name}: {len(numbers):,} questions, scored by {plan.metrics.get(name, plan.metric)}"
+            for name, numbers in groups.items()
+        ),
+        "images": f"{results.clusters().count:,}",
+        "draw": f"seed {plan.seed}" + (f"; methods that draw: seeds {', '.join(map(str, seeds))}" if seeds else ""),
+        "answers": f"greedy, at most {plan.max_new_tokens} tokens; batches of {plan.batch_size}",
+        "machine": ", ".join(f"{name} {value}" for name, value in plan.machine.items()),
+        "started": f"{results.started:%Y-%m-%d %H:%M} UTC",
+        "finished": f"{results.ended:%Y-%m-%d %H:%M} UTC" if results.ended else "not yet",
+    }
+    body = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in lines.items() if text)
+    return f'<dl class="facts">{body}</dl>'
+
+
+def progress(results: Results) -> str:
+    """How far each contestant of an unfinished sweep is, and how it does on the same questions as the full model."""
+    found = []
+    for contestant in results.plan.contestants:
+        answered = [i for i in range(len(results.samples)) if (contestant.id, i) in results.records]
+        both = [i for i in answered if (FULL.id, i) in results.records]
+        ours = sum(results.records[contestant.id, i].score for i in both) / len(both) if both else None
+        full = sum(results.records[FULL.id, i].score for i in both) / len(both) if both else None
+        done = Cell(f"{len(answered):,} of {len(results.samples):,}", len(answered))
+        found.append([Cell(contestant.id), done, percent(ours), percent(full)])
+    heads = ["setting", "answered", "score until now", "full model on the same"]
+    return table(heads, found, "Answers until now")
+
+
+def refused(results: Results) -> str:
+    """Settings that the model cannot serve, and why."""
+    found = [[Cell(row["id"]), Cell(row["reason"], css="words")] for row in results.plan.refused]
+    return table(["setting", "why"], found, "Settings left out")
+
+
+# --------------------------------------------------------------------------------------------------------- results
+def best(results: Results) -> str:
+    """The most accurate method at each budget, and who is not shown to be worse."""
+    found = []
+    for each in best_per_budget(results):
+        entry = each.entry
+        others = ", ".join(other.name for other in each.ties) or "none"
+        found.append([
+            Cell("-" if each.keep is None else f"{each.keep:g}", _budget(each.keep)),
+            Cell(entry.name, css="left"),
+            _share(entry.accuracy, entry.row.get("accuracy_ci")),
+            Cell(signed_points(entry.accuracy - entry.row["accuracy_full"]), entry.accuracy),
+            percent(entry.cost(AXES["flops"]), 0),
+            _milliseconds(entry),
+            Cell(others, css="words"),
+        ])  # fmt: skip
+    heads: list[Head] = [
+        "keep", "most accurate", "accuracy", ("against full", "points"), ("FLOPs", "with tower"),
+        ("prefill ms", "of full"), ("not shown to be worse", "paired, Holm, 5 %"),
+    ]  # fmt: skip
+    return table(heads, found, "The most accurate method at each budget")
+
+
+def rows(results: Results) -> str:
+    """Every setting with everything measured."""
+    found = []
+    for entry in _everyone(results):
+        row = entry.row
+        fronts = [axis.name for axis in AXES.values() if entry.on_front(axis)]
+        found.append([
+            _method(entry),
+            _keep(entry),
+            _share(entry.accuracy, row.get("accuracy_ci")),
+            percent(row.get("relative")),
+            _p(row.get("p_full")),
+            _p(row.get("p_random")),
+            _share(row["agreement"], row.get("agreement_ci")),
+            _number(row["kl"], 3),
+            _with(_number(row["visual_tokens_entering"], 1), _number(row["visual_tokens_after"], 1)),
+            _with(percent(row.get("flops_total_ratio"), 0), percent(row.get("flops_ratio"), 0)),
+            percent(row.get("kv_ratio"), 0),
+            _milliseconds(entry),
+            Cell(", ".join(fronts) or "-", len(fronts), css="left"),
+        ])  # fmt: skip
+    heads: list[Head] = [
+        "method", "keep", "accuracy", ("relative", "of full"), ("p", "vs full"), ("p", "vs random"), "same answer",
+        "KL", ("tokens entering", "and after"), ("FLOPs with tower", "decoder only"), "KV cache",
+        ("prefill ms", "of full"), ("front", "against"),
+    ]  # fmt: skip
+    return table(heads, found, "All settings")
+
+
+def by_data(results: Results) -> str:
+    """Accuracy on each data set."""
+    names = list(results.groups("data"))
+    found = [
+        [_method(entry), _keep(entry), *(percent(entry.row["accuracy_by_data"].get(name)) for name in names)]
+        for entry in _everyone(results)
+    ]
+    heads = [(name, f"{len(numbers):,} questions") for name, numbers in results.groups("data").items()]
+    return table(["method", "keep", *heads], found, "Accuracy by data set")
+
+
+def by_kind(results: Results) -> str:
+    """Accuracy lost on each kind of question, as a heat table."""
+    losses = loss_by_kind(results, results.entries)
+    most = max((abs(loss) for line in losses for loss, _ in line.values()), default=0.0) or 1.0
+    found = []
+    for entry, line in zip(results.entries, losses, strict=True):
+        cells = []
+        for loss, p in line.values():
+            tint = f"{'213,94,0' if loss > 0 else '0,114,178'},{0.75 * abs(loss) / most:.2f}"
+            css = "sure" if p < _SURE else "unsure"
+            cells.append(
+                Cell(signed_points(-loss), -loss, style=f"background:rgba({tint})", css=css, title=f"p = {p:.3f}")
+            )
+        found.append([_method(entry), _keep(entry), *cells])
+    heads = [(kind, f"{len(numbers):,} questions") for kind, numbers in results.groups("kind").items()]
+    return table(["method", "keep", *heads], found, "Accuracy lost by kind of question", "heat")
+
+
+def versus(results: Results) -> str:
+    """Methods against the baselines that took part, budget by budget; "" if none did."""
+    known = versus_baselines(results)
+    if not known:
+        return ""
+    names: dict[str, list[Entry]] = {}
+    for entry in results.entries:
+        if entry.method not in known:
+            names.setdefault(entry.name, []).append(entry)
+    found = []
+    for name, entries in sorted(names.items()):
+        cells = [Cell(name)]
+        for verdicts in known.values():
+            here = [(entry, verdicts[entry.row["id"]]) for entry in entries if entry.row["id"] in verdicts]
+            order = sum((each.verdict == "better") - (each.verdict == "worse") for _, each in here)
+            chips = "".join(_chip(entry, each) for entry, each in here)
+            cells.append(Cell("", order, css="left", html=f'<div class="chips">{chips}</div>'))
+        found.append(cells)
+    heads: list[Head] = ["method", *((baseline, "keep, points") for baseline in known)]
+    return table(heads, found, "Methods against baselines at equal compute")
+
+
+def _chip(entry: Entry, known: Versus) -> str:
+    budget = "" if entry.keep is None else f"{entry.keep:g} "
+    if known.difference is None or known.p is None:
+        return f'<span class="chip" title="cheaper than the baseline ever was">{escape(budget)}n/a</span>'
+    sign = _SIGNS.get(known.verdict, "")
+    text = f"{budget}{sign}{signed_points(known.difference)}"
+    return f'<span class="chip {known.verdict}" title="p = {known.p:.4f}, not corrected">{escape(text)}</span>'

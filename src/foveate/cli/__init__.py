@@ -1,7 +1,7 @@
 """The command line: `foveate COMMAND`. Commands are thin; what they do lives in the packages they call.
 
 * `shell`: what all commands share: one-line errors, tables, progress, files written whole.
-* `demo`, `run`, `sweep`, `train`, `tune`, `paper` (`methods`, `flops`): the commands.
+* `demo`, `run`, `sweep`, `train`, `tune`, `web` (`app`), `paper` (`methods`, `flops`): the commands.
 """
 
 from .demo import demo
@@ -11,11 +11,13 @@ from .shell import app
 from .sweep import sweep
 from .train import train
 from .tune import tune
+from .web import web
 
 __all__ = ["app", "main"]
 
 for command in (demo, methods, run, flops, sweep, tune, train):
     app.command()(command)
+app.command("app")(web)
 
 
 def main() -> None:

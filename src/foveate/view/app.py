@@ -1,0 +1,352 @@
+"""The web page of `foveate app`: what is where, and what moves what. The work is done by `app_run.Runner`.
+
+Needs the extra `[app]` (Gradio). Works offline: no font, no script and no count of visits comes from elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+
+from ..engine.anatomy import resolve
+from . import app_html as html
+from .app_examples import examples, shipped_models
+from .app_options import controls, describe, parse_options, usable_methods
+from .app_pictures import entering_picture, score_picture
+from .app_run import AskError, Progress, Question, Runner, explain, read_image
+
+__all__ = ["Page", "serve"]
+
+Updates = dict[Any, Any]
+"""Component -> its new value or properties."""
+Form = dict[Any, Any]
+"""Component -> its value."""
+
+_METHOD, _KEEP = "sparsevlm", 33
+_PATIENCE = 0.3  # seconds a slider must rest before the model is asked again
+_STYLE = Path(__file__).with_name("app.css")
+_HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+@contextmanager
+def serve(host: str, port: int, model: str, open_browser: bool = False) -> Iterator[str]:
+    """The page, up as long as the context lasts; yields its address.
+
+    Raises:
+        ModelError: `model` cannot be loaded.
+        OSError: nothing can listen at that host and port.
+    """
+    page = Page(Runner(), model)
+    server = logging.getLogger("uvicorn.error")
+    server.addFilter(_silent)  # a port that is taken: the caller says so
+    try:
+        _, address, _ = page.blocks.queue(default_concurrency_limit=None).launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            max_file_size="50mb",
+            footer_links=[],
+            css_paths=_STYLE,
+            theme=_theme(),
+        )
+    finally:
+        server.removeFilter(_silent)
+    try:
+        yield address
+    finally:
+        page.blocks.close(verbose=False)
+
+
+def _silent(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _theme() -> gr.Theme:
+    # Plain names of fonts: objects of gradio's Font class would be fetched from Google.
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="slate",
+        radius_size="md",
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "monospace"],
+    ).set(  # the defaults are too pale to read: white on teal 500, slate 400 on white
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+        input_placeholder_color="*neutral_500",
+    )
+
+
+class Page:
+    """The components, and the functions that answer to them. `blocks` is the whole."""
+
+    def __init__(self, runner: Runner, model: str):
+        self.runner = runner
+        with runner.model(model) as vlm:
+            methods, depth = usable_methods(vlm.model), resolve(vlm.model).depth
+        with gr.Blocks(title="Foveate", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
+            self.depth = gr.State(depth)
+            self.last: Any = gr.State(None, time_to_live=3600)  # Progress
+            with gr.Row(elem_id="fv-top"):
+                with gr.Column(scale=7, min_width=300):
+                    gr.HTML(html.HEADER)
+                with gr.Column(scale=4, min_width=300):
+                    self.model = gr.Dropdown(
+                        list(dict.fromkeys([model, *shipped_models()])), value=model, label="Model",
+                        info="Choose, or type a folder or Hugging Face id and press Enter.", allow_custom_value=True,
+                        elem_id="fv-model",
+                    )  # fmt: skip
+            with gr.Row(elem_id="fv-page"):
+                with gr.Column(scale=4, min_width=300, elem_id="fv-inputs"):
+                    self._inputs()
+                    with gr.Column(elem_id="fv-choices"):
+                        self._method(methods, depth)
+                with gr.Column(scale=7, min_width=300, elem_id="fv-results"):
+                    self._results(depth)
+            self._wire()
+
+    # ------------------------------------------------------------------------------------------------------- layout
+    def _inputs(self) -> None:
+        picture, question = examples()[0]
+        self.examples = gr.Dataset(
+            components=[gr.Image(visible=False)], samples=[[path] for path, _ in examples()], type="index",
+            label="Examples", elem_id="fv-examples",
+        )  # fmt: skip
+        self.image = gr.Image(
+            picture, type="filepath", sources=["upload", "clipboard"], label="Image", height=230, buttons=[],
+            elem_id="fv-image",
+        )  # fmt: skip
+        # The file as it came: what is wrong with it, the page says in its own words. Not by a subclass: for one, gradio
+        # writes a stub file into the package.
+        self.image.preprocess = _path  # type: ignore[assignment]
+        self.text = gr.Textbox(
+            question, label="Question", lines=1, max_lines=3, max_length=1000, elem_id="fv-question",
+            placeholder="What do you want to know about the image?",
+        )  # fmt: skip
+        with gr.Row(elem_classes="fv-buttons"):
+            self.ask_button = gr.Button("Ask", variant="primary", elem_id="fv-ask")
+            self.stop_button = gr.Button("Stop", visible=False, elem_id="fv-stop", min_width=90, scale=0)
+        self.message = gr.HTML(html.message())
+
+    def _method(self, methods: list[str], depth: int) -> None:
+        method = _METHOD if _METHOD in methods else (methods or [""])[0]
+        self.method = gr.Dropdown(methods, value=method, label="Method", info=describe(method), elem_id="fv-method")
+        self.keep = gr.Slider(
+            1, 100, value=_KEEP, step=1, label="Visual tokens to keep, %", buttons=[], elem_id="fv-keep",
+            info="Methods that prune in steps reach it as an average over the layers.",
+        )  # fmt: skip
+        shown = _method_controls(method, depth)
+        self.layer = gr.Slider(**shown["layer"], step=1, label="After layer", buttons=[], elem_id="fv-layer")
+        with gr.Accordion("More options", open=False):
+            self.choice = gr.Dropdown(**shown["choice"], elem_id="fv-choice")
+            self.faithful = gr.Checkbox(
+                False, label="Faithful to the paper's code", info="Its fixed layer numbers and quirks included."
+            )
+            self.others = gr.Textbox(**shown["others"], label="Other options", elem_id="fv-others")
+
+    def _results(self, depth: int) -> None:
+        self.answers = gr.HTML(html.answers(None), elem_id="fv-answers")
+        self.bill = gr.HTML(html.bill(None), elem_id="fv-bill")
+        with gr.Column(elem_id="fv-tokens"):
+            gr.HTML('<h2 class="fv-title">Which tokens stayed</h2>')
+            self.columns = gr.HTML(html.layers(None))
+            self.stage = gr.Slider(
+                0, depth - 1, value=depth - 1, step=1, label="Layer", interactive=False, buttons=[],
+                elem_id="fv-stage",
+            )  # fmt: skip
+            with gr.Row(elem_id="fv-pictures"):
+                with gr.Column(min_width=130):
+                    self.kept_note = gr.HTML(html.layer_note(None))
+                    self.kept = gr.Image(**_picture("Tokens that enter this layer"), elem_id="fv-kept")
+                with gr.Column(min_width=130):
+                    self.scores_note = gr.HTML(html.scores_note(None))
+                    self.scores = gr.Image(**_picture("Scores of the tokens"), elem_id="fv-scores")
+
+    # ------------------------------------------------------------------------------------------------------- events
+    def _wire(self) -> None:
+        options = [self.layer, self.choice, self.others]
+        form = {
+            self.model, self.image, self.text, self.method, self.keep, *options, self.faithful, self.stage, self.last,
+            self.depth,
+        }  # fmt: skip
+        tokens = [self.columns, self.kept, self.kept_note, self.scores, self.scores_note]
+        shown = [self.answers, self.bill, self.message, self.stop_button, self.last, self.stage, *tokens]
+        asking: dict[str, Any] = {"inputs": form, "outputs": shown, "trigger_mode": "multiple", **_HIDDEN}
+        gr.on([self.ask_button.click, self.text.submit], self.ask, **asking)
+        self.examples.click(_example, self.examples, [self.image, self.text], **_HIDDEN).then(self.ask, **asking)
+        self.method.input(
+            self.choose_method, [self.method, self.depth], [self.method, *options], **_HIDDEN
+        ).then(self.ask_again, **asking)  # fmt: skip
+        moved = [self.keep.input, self.layer.input, self.choice.input, self.faithful.input, self.others.submit]
+        gr.on(moved, self.ask_again, **asking)
+        self.stage.input(self.show_layer, [self.last, self.stage], tokens, trigger_mode="always_last", **_HIDDEN)
+        self.stop_button.click(self.stop, None, [self.message, self.stop_button], **_HIDDEN)
+        self.image.upload(self.check_image, self.image, [self.image, self.message], **_HIDDEN)
+        self.model.input(
+            self.choose_model, [self.model, self.method], [*shown, self.method, self.depth, *options], **_HIDDEN
+        )
+        self.blocks.unload(self.leave)
+
+    def ask(self, form: Form, request: gr.Request, patience: float = 0.0) -> Iterator[Updates]:
+        """Answer, and show each step of it."""
+        try:
+            last = form[self.last]
+            for now in self.runner.ask(self._question(form), request.session_hash or "", patience):
+                deepest = now.trace.n_layers - 1 if now.trace else 0
+                yield self._show(now, min(form[self.stage], deepest) if last else deepest)
+        except Exception as error:  # whatever it is, the page says it in one line and lives on
+            yield {self.message: html.message(explain(error), error=True), self.stop_button: gr.update(visible=False)}
+
+    def ask_again(self, form: Form, request: gr.Request) -> Iterator[Updates]:
+        """A control was moved: ask once more, if anything was asked before."""
+        if form[self.last] is not None:
+            yield from self.ask(form, request, _PATIENCE)
+
+    def _question(self, form: Form) -> Question:
+        method = form[self.method]
+        if not method:
+            raise AskError("Choose a method first.")
+        found = controls(method, form[self.depth])
+        options = parse_options(form[self.others] or "")
+        if found.layer:
+            options.setdefault("layer", int(form[self.layer]))
+        if found.choice:
+            options.setdefault(found.choice.name, form[self.choice])
+        if form[self.faithful]:
+            options.setdefault("faithful", True)
+        return Question(
+            form[self.model] or "", form[self.image], form[self.text] or "", method, form[self.keep] / 100, options
+        )
+
+    def _show(self, now: Progress, layer: int) -> Updates:
+        updates: Updates = {
+            self.answers: html.answers(now),
+            self.message: html.message(now.status),
+            self.stop_button: gr.update(visible=bool(now.status)),
+        }
+        if now.trace is not None:
+            updates |= {self.bill: html.bill(now), self.last: now}
+            updates[self.stage] = gr.update(maximum=now.trace.n_layers - 1, value=layer, interactive=True)
+            updates |= self.show_layer(now, layer)
+        return updates
+
+    def show_layer(self, last: Progress | None, layer: int) -> Updates:
+        """Tokens and scores at a layer of the last answer; empty places without one."""
+        if last is None or last.trace is None:
+            trace, kept, scores = None, None, None
+        else:
+            trace = last.trace
+            kept, scores = entering_picture(last.image, trace, layer), score_picture(last.image, trace, layer)
+        return {
+            self.columns: html.layers(trace, layer),
+            self.kept: kept,
+            self.kept_note: html.layer_note(trace, layer),
+            self.scores: scores,
+            self.scores_note: html.scores_note(trace, layer),
+        }
+
+    def choose_method(self, method: str, depth: int) -> Updates:
+        """Show the options of a method."""
+        shown = _method_controls(method, depth)
+        return {self.method: gr.update(info=describe(method))} | {
+            component: gr.update(**shown[name])
+            for name, component in (("layer", self.layer), ("choice", self.choice), ("others", self.others))
+        }
+
+    def choose_model(self, model: str | None, method: str, request: gr.Request) -> Iterator[Updates]:
+        """Load a model, empty the page, and offer the methods that work with it."""
+        self.runner.stop(request.session_hash or "")
+        yield {self.message: html.message(f"Loading {model}")}
+        try:
+            with self.runner.model(model or "") as vlm:
+                methods, depth = usable_methods(vlm.model), resolve(vlm.model).depth
+            if not methods:
+                raise AskError(f"{model}: no method works with this model.")
+        except Exception as error:
+            yield {self.message: html.message(explain(error), error=True)}
+            return
+        method = method if method in methods else methods[0]
+        yield {
+            **self.choose_method(method, depth),
+            **self.show_layer(None, 0),
+            self.method: gr.update(choices=methods, value=method, info=describe(method)),
+            self.depth: depth,
+            self.last: None,
+            self.stage: gr.update(maximum=depth - 1, value=depth - 1, interactive=False),
+            self.answers: html.answers(None),
+            self.bill: html.bill(None),
+            self.message: html.message(),
+        }
+
+    def check_image(self, image: str | None) -> Updates:
+        """Say at once what is wrong with an upload."""
+        try:
+            if image is not None:
+                read_image(image)
+        except AskError as error:
+            return {self.image: None, self.message: html.message(str(error), error=True)}
+        return {self.message: html.message()}
+
+    def stop(self, request: gr.Request) -> Updates:
+        """End the question that is being answered."""
+        self.leave(request)
+        return {self.message: html.message("Stopped."), self.stop_button: gr.update(visible=False)}
+
+    def leave(self, request: gr.Request) -> None:
+        """The tab was closed."""
+        self.runner.stop(request.session_hash or "")
+
+
+def _path(upload: Any) -> Any:
+    return None if upload is None else upload.path
+
+
+def _example(number: int) -> tuple[str, str]:
+    return examples()[number]
+
+
+def _picture(label: str) -> dict[str, Any]:
+    return {
+        "label": label, "show_label": False, "interactive": False, "buttons": ["fullscreen"], "format": "png",
+        "container": False, "alt_text": label,
+    }  # fmt: skip
+
+
+def _method_controls(method: str, depth: int) -> dict[str, dict[str, Any]]:
+    """Properties of the three controls that differ from method to method."""
+    found = controls(method, depth)
+    first, last, default = found.layer or (0, depth - 1, 0)
+    choice = found.choice
+    examples = ", ".join(found.others) or "none"
+    return {
+        "layer": {"minimum": first, "maximum": last, "value": default, "visible": found.layer is not None},
+        "choice": {
+            "choices": list(choice.values) if choice else [],
+            "value": choice.default if choice else None,
+            "label": choice.name.replace("_", " ").capitalize() if choice else "",
+            "visible": choice is not None,
+        },
+        "others": {
+            "value": "",
+            "info": f"name=value, separated by commas; press Enter. There are: {examples}.",
+            "visible": bool(found.others),
+        },
+    }

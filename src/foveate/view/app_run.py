@@ -1,0 +1,286 @@
+"""What the page does when it is asked something: load, answer twice, time, and give the model back as it was.
+
+Lives here: `Runner`, which owns the one loaded model and lets one question at a time near it. No Gradio in this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import statistics
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from ..engine.session import apply
+from ..engine.trace import Trace
+from ..evaluate.answer import VLM, ModelError, load
+from ..evaluate.data import DataError, Sample, open_image
+from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
+from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError, build
+from .app_answer import Job, Stopped, Times, generate, time_both
+
+__all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "explain", "read_image"]
+
+MAX_PIXELS = 50_000_000
+"""Largest image the page takes; a 48-megapixel photograph still passes."""
+
+_log = logging.getLogger(__name__)
+
+
+class AskError(ValueError):
+    """Something on the page cannot be used; the message says what, in one line."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the page holds when one presses Ask.
+
+    Attributes:
+        model: as for `evaluate.answer.load`.
+        image: a file.
+        method, keep, options: as for `foveate.build`; `keep` is a fraction.
+        longest: longest answer, in tokens.
+    """
+
+    model: str
+    image: str | Path | None
+    text: str
+    method: str
+    keep: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    longest: int = 64
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one prefill and one more token cost.
+
+    Attributes:
+        entering, after: visual tokens that enter a layer, and those left after it; means over the layers.
+        decoder_flops, total_flops: of the prefill, the second with vision tower and connector; NaN where it is not
+            known (mixture of experts).
+        kv_mb: keys and values after the prefill, 10^6 bytes; NaN likewise.
+        prefill_ms: vision tower included, median.  decode_ms: per generated token, median.
+    """
+
+    entering: float
+    after: float
+    decoder_flops: float
+    total_flops: float
+    kv_mb: float
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a question has come; each one handed out holds all that is known by then.
+
+    Attributes:
+        status: what is going on, "" when all is done.
+        image: as the model saw it.
+        full_text, text: the answers of the full and the reduced model so far.
+        writing: which of them is being written: "full", "reduced" or "".
+        trace: of the reduced prefill.
+        full_bill, bill: None until known.
+        rounds: how often each was timed.
+    """
+
+    question: Question
+    status: str
+    image: Image.Image
+    full_text: str = ""
+    text: str = ""
+    writing: str = ""
+    trace: Trace | None = None
+    full_bill: Bill | None = None
+    bill: Bill | None = None
+    rounds: int = 0
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+def read_image(path: str | Path | None) -> Image.Image:
+    """An upright RGB image. Raises `AskError`, naming the file as its owner knows it."""
+    if path is None:
+        raise AskError("Choose an image first.")
+    name = Path(path).name
+    try:
+        with Image.open(path) as image:  # reads the header only
+            width, height = image.size
+    except Image.DecompressionBombError:
+        width = height = 1 << 16
+    except (OSError, SyntaxError, ValueError):
+        width = height = 0  # open_image knows how to say it
+    if width * height > MAX_PIXELS:
+        raise AskError(f"{name} is too large: at most {MAX_PIXELS // 1_000_000} megapixels.")
+    try:
+        return ImageOps.exif_transpose(open_image(path))
+    except DataError as error:
+        reason = str(error).removeprefix(f"image {path}: ")
+        raise AskError(f"{name}: {reason}.") from error
+
+
+def explain(error: BaseException) -> str:
+    """One line for the page."""
+    known = (AskError, BudgetError, DataError, ModelError, OptionError, UnsupportedError)
+    text = " ".join(str(error).split())
+    if isinstance(error, known):
+        return text[:1].upper() + text[1:]
+    _log.error("a question failed", exc_info=error)
+    return f"This did not work: {text[:200] or type(error).__name__}"
+
+
+# -------------------------------------------------------------------------------------------------- one model, one turn
+class Runner:
+    """The loaded model and the queue before it.
+
+    Sessions are not thread-safe, so whoever touches the model holds the lock, in a thread that sees to the end of what
+    it began: a session is removed also when nobody reads the answer any more.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._vlm: VLM | None = None
+        self._stops: dict[str, threading.Event] = {}
+        self._full: dict[tuple[Any, ...], str] = {}
+
+    @contextmanager
+    def model(self, name: str) -> Iterator[VLM]:
+        """The model, to oneself. A failed load leaves the one before in place. Raises `ModelError`."""
+        with self._lock:
+            yield self._load(name)
+
+    def stop(self, owner: str) -> None:
+        """End what `owner` asked for last, at the next token."""
+        if owner in self._stops:
+            self._stops.pop(owner).set()
+
+    def ask(self, question: Question, owner: str = "", patience: float = 0.0) -> Iterator[Progress]:
+        """Answer with and without reduction, then time both; a new question of the same owner ends the one before.
+
+        Args:
+            owner: whose question it is (a browser tab).
+            patience: seconds to wait for a newer question of the same owner before anything is done.
+
+        Raises:
+            AskError, ModelError, BudgetError, OptionError, UnsupportedError: bad input, before or during the run.
+        """
+        self.stop(owner)
+        job = Job()
+        self._stops[owner] = job.stop
+        threading.Thread(target=self._work, args=(question, job, patience), daemon=True).start()
+        try:
+            while (event := job.events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:  # also when the reader has gone
+            job.stop.set()
+            if self._stops.get(owner) is job.stop:
+                del self._stops[owner]
+
+    def _work(self, question: Question, job: Job, patience: float) -> None:
+        try:
+            if not job.stop.wait(patience):
+                self._answer(question, job)
+        except Stopped:
+            pass
+        except BaseException as error:
+            job.emit(error)
+        job.emit(None)
+
+    def _answer(self, question: Question, job: Job) -> None:
+        image = read_image(question.image)
+        if not question.text.strip():
+            raise AskError("Type a question first.")
+        reducer = build(question.method, keep=question.keep, **question.options)
+        now = Progress(question, "Waiting for the model", image)
+        job.emit(now)
+        with self._turn(job):
+            vlm = self._load(question.model)
+            inputs = vlm.inputs([Sample(image, question.text, "", "", "")])
+            now = replace(now, full_text=self._answer_full(vlm, inputs, now, job))
+            now = self._answer_reduced(vlm, inputs, reducer, now, job)
+            job.emit(replace(now, status="Timing both, in turns"))
+            for times in time_both(vlm, inputs, reducer, job):
+                now = _timed(now, *times)
+            job.emit(now)
+
+    @contextmanager
+    def _turn(self, job: Job) -> Iterator[None]:
+        while not self._lock.acquire(timeout=0.1):
+            job.check()
+        try:
+            job.check()
+            yield
+        finally:
+            self._lock.release()
+
+    def _load(self, name: str) -> VLM:
+        name = name.strip()
+        if self._vlm is None or self._vlm.name != name:
+            self._vlm = load(name)
+            self._full.clear()
+        return self._vlm
+
+    def _answer_full(self, vlm: VLM, inputs: dict, now: Progress, job: Job) -> str:
+        pixels = hashlib.sha256(now.image.tobytes()).hexdigest()
+        key = (now.image.size, pixels, now.question.text, now.question.longest)
+        if key not in self._full:
+            saying = replace(now, status="The full model answers", writing="full")
+            job.emit(saying)
+            self._full[key] = generate(
+                vlm, inputs, job, now.question.longest, lambda text: job.emit(replace(saying, full_text=text))
+            ).text
+        return self._full[key]
+
+    def _answer_reduced(self, vlm: VLM, inputs: dict, reducer: Reducer, now: Progress, job: Job) -> Progress:
+        saying = replace(now, status=f"The model with {now.question.method} answers", writing="reduced")
+        job.emit(saying)
+        with apply(vlm.model, reducer) as session:
+            text = generate(
+                vlm, inputs, job, now.question.longest, lambda text: job.emit(replace(saying, text=text))
+            ).text
+        trace = session.trace
+        if trace is None:
+            raise AskError(f"{vlm.name}: the prompt holds no visual token, so there is nothing to reduce.")
+        unreduced = Trace(trace.n_layers, trace.visual, trace.tokens)
+        return replace(
+            now,
+            status="",
+            text=text,
+            trace=trace,
+            bill=_bill(vlm, inputs, trace),
+            full_bill=_bill(vlm, inputs, unreduced),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the bill
+def _bill(vlm: VLM, inputs: dict, trace: Trace) -> Bill:
+    tokens = float(trace.mean_visual_tokens.mean()), float(trace.mean_visual_tokens_after.mean())
+    try:
+        geometry = Geometry.from_config(vlm.model.config, visual_tokens=0, text_tokens=0)
+    except ValueError:  # a mixture of experts: what it costs depends on its router
+        return Bill(*tokens, math.nan, math.nan, math.nan)
+    try:
+        total = float(prefill_flops(vlm.model, trace, inputs).total)
+    except UnsupportedError:  # a tower of another kind
+        total = math.nan
+    stored = kv_bytes(geometry, trace, next(vlm.model.parameters()).element_size())
+    return Bill(*tokens, exact_flops(geometry, trace), total, stored / 1e6)
+
+
+def _timed(now: Progress, prefill: Times, decode: Times) -> Progress:
+    full, reduced = (
+        replace(bill, prefill_ms=1000 * statistics.median(p), decode_ms=1000 * statistics.median(d) if d else None)
+        for bill, p, d in zip((now.full_bill, now.bill), prefill, decode, strict=True)
+        if bill is not None
+    )
+    return replace(now, full_bill=full, bill=reduced, rounds=len(prefill[0]))

@@ -20,6 +20,7 @@ from .cache import LogicalLayer, check_cache
 from .encoder import EncoderMethod, EncoderSession
 from .forward import ForwardPass
 from .layout import build_layout
+from .plain import PlainSession, find_encoder
 from .taps import AttentionTap
 from .tower import TowerReduction
 from .trace import Trace
@@ -43,14 +44,15 @@ def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -
             output = model.generate(**inputs)
 
     Args:
-        model: any Hugging Face vision-language model; with `visual`, any Hugging Face decoder.
+        model: any Hugging Face vision-language model; with `visual`, any Hugging Face decoder; a vision encoder.
         reducer: the method.
         visual: (B, S) bool, the visual slots of the prompt, for a VLM of your own around a text decoder that is fed
             with `inputs_embeds`.
 
     Returns:
         The session; a context manager. `session.trace` describes the last prefill. A `Session`, or an `EncoderSession`
-        for methods that work inside encoder-style models (PuMer).
+        for methods that work inside encoder-style models (PuMer), or a `PlainSession` for ToMe, PiToMe and Downsample
+        in a vision encoder on its own (ViT, CLIP, SigLIP).
 
     Raises:
         UnsupportedError: the model has no images to reduce, has a session already, or cannot do what the method asks.
@@ -60,6 +62,9 @@ def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -
         if visual is not None:
             raise OptionError("visual= is for decoders; this method works inside encoders")
         return EncoderSession(model, reducer)
+    encoder = None if visual is not None else find_encoder(model)
+    if encoder is not None:
+        return PlainSession(model, encoder, reducer)
     return Session(model, reducer, visual=visual)
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 from ..ops.bipartite import Merging
 from ..reduction import UnsupportedError
 from .anatomy import Anatomy
+from .stopwatch import deciding
 from .taps import AttentionTap
 from .trace import TowerCall
 from .vision import _lay, _square_plan
@@ -81,6 +82,8 @@ class TowerReduction:
         self.used = len(self.layers) + last + 1
         names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
         self.class_token = bool(names & {"class_embedding", "cls_token"})
+        if "distillation_token" in names:
+            raise UnsupportedError(f"{type(tower).__name__} has a distillation token, which must not merge")
         self.maps: list[Tensor] = []
         """Per call of the tower (I, T): the token that each patch, class token included, went into."""
         self.calls: list[TowerCall] = []
@@ -190,6 +193,7 @@ class TowerReduction:
     def _attending(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
         self._key = key.mean(1)
 
+    @deciding
     def _match(self, layer: int, hidden: Tensor) -> Merging | None:
         assert isinstance(self.spec, MergeSpec)
         r = hidden.shape[1] - self.class_token - self._schedule[layer]
@@ -235,6 +239,7 @@ class TowerReduction:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     # ---------------------------------------------------------------------------------------------------- shrinking
+    @deciding
     def _shrink(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         assert isinstance(self.spec, ShrinkSpec)
         self._map, self._by_length = None, {}

@@ -7,6 +7,8 @@ from torch import Tensor
 
 __all__ = ["attention_received", "attention_rows"]
 
+_NUMBERS = 1 << 22
+
 
 def attention_rows(
     query: Tensor,
@@ -47,7 +49,7 @@ def attention_rows(
 
 
 def attention_received(
-    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, block: int = 256
+    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, block: int | None = None
 ) -> Tensor:
     """Attention each key receives, averaged over the queries that may see it: (B, H, N) float32.
 
@@ -56,16 +58,23 @@ def attention_received(
         key: (B, H, N, d).
         scaling: factor on the dot products.
         mask: (B or 1, H or 1, Q, N), bool (True may be seen) or added to the logits.
-        block: queries per block; bounds the memory to B * H * block * N.
+        block: queries per block, which bounds the memory to B * H * block * N numbers; by default 4 million of them.
     """
-    received = key.new_zeros(key.shape[:3], dtype=torch.float32)
+    batch, heads, n_keys = key.shape[:3]
+    block = block or max(16, _NUMBERS // max(batch * heads * n_keys, 1))
+    received = key.new_zeros(batch, heads, n_keys, dtype=torch.float32)
     queries = key.new_zeros(1, 1, 1, dtype=torch.float32)
+    transposed = key.transpose(-1, -2)
     for start in range(0, query.shape[2], block):
-        logits = (query[:, :, start : start + block] @ key.transpose(-1, -2)).float() * scaling
+        weights = (query[:, :, start : start + block] @ transposed).float().mul_(scaling)
         if mask is not None:
             part = mask[:, :, start : start + block]
             seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
-            logits = logits.masked_fill(~seen, float("-inf")) if part.dtype == torch.bool else logits + part
+            weights = weights.masked_fill_(~seen, float("-inf")) if part.dtype == torch.bool else weights.add_(part)
             queries = queries + seen.float().sum(2)
-        received += logits.softmax(-1).nan_to_num(0.0).sum(2)
+        # The softmax in place, its denominators pulled out of the sum: one block of numbers is all that is held.
+        highest = weights.detach().amax(-1, keepdim=True)
+        weights.sub_(highest.masked_fill_(highest.isneginf(), 0.0)).exp_()
+        shares = weights.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
+        received += (shares.transpose(-1, -2) @ weights)[..., 0, :]
     return received / (query.shape[2] if mask is None else queries.clamp_min(1))

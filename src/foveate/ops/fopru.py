@@ -22,9 +22,8 @@ def given_and_received(
         block: queries at a time; never N x N.
 
     Returns:
-        given: (I, N), mean over the keys for each query; received: (I, N), mean over the queries for each key. Heads
-            are
-        averaged.
+        given: (I, N), mean over the keys for each query; received: (I, N), mean over the queries for each key. The
+            heads are averaged.
     """
     keys = torch.cat([cls_key[:, None], key], 1).float().permute(0, 2, 3, 1)
     given, received = [], keys.new_zeros(len(key), key.shape[1])

@@ -40,6 +40,8 @@ class _Preset:
     early: _Rule = "pitome"
     late: _Rule = "pitome"
     share: float = 0.5
+    spared: int = 0
+    """Last layers in which nothing merges."""
 
     def rule(self, layer: int, layers: int) -> _Rule:
         return self.early if layer < math.ceil(self.share * layers) else self.late
@@ -48,7 +50,8 @@ class _Preset:
 _PRESETS = {
     "clip": _Preset(0.9, 0.9, "hidden", "after"),
     "openclip": _Preset(0.95, 0.95, "hidden", "between"),
-    "blip": _Preset(0.9, 0.9, "hidden", "between"),
+    "blip": _Preset(0.9, 0.9, "hidden", "between", spared=1),
+    "blip2": _Preset(0.75, 0.4, "key", "between"),
     "deit": _Preset(0.75, 0.75, "key", "between", early="bsm_pitome"),
     "mae": _Preset(0.75, 0.75, "key", "between", late="bsm_pitome"),
     # 13 of the 23 layers whose output counts in LLaVA-1.5 run plain ToMe; means without sizes.
@@ -83,10 +86,12 @@ class _InTower:
         return list(self._left(tokens, layers, class_token))
 
     def _left(self, tokens: int, layers: int, class_token: bool) -> Iterator[int]:
-        whole = tokens
+        whole, working = tokens, max(layers - self.preset.spared, 1)
         for layer in range(layers):
-            if self.budget is not None:
-                share = (self.budget.of(whole) / whole) ** ((layer + 1) / layers)
+            if layer >= working:
+                pass
+            elif self.budget is not None:
+                share = (self.budget.of(whole) / whole) ** ((layer + 1) / working)
                 tokens = max(round(whole * share), tokens - tokens // 2)
             else:
                 counted = tokens + (class_token and self.preset.rule(layer, layers) == "tome")
@@ -111,7 +116,8 @@ class PiToMe(Reducer):
     large groups of look-alikes have much, tokens of small objects little, and these are protected. The code's
     expression is used; the paper's equation 4 differs from it above the margin. Merged tokens are projected and take
     the slot of their first patch. What the tower cannot bring down to `keep` is merged on by the same rule (margin
-    0.45) on the projected tokens; so is everything with `where="output"`, which works with every model.
+    0.45) on the projected tokens; so is everything with `where="output"`, which works with every model. A vision
+    encoder on its own (ViT, CLIP, SigLIP) is served, too: its output keeps its length, each patch carrying its token.
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]): the layers keep equal shares, and
@@ -119,9 +125,9 @@ class PiToMe(Reducer):
             there may be fewer, and for `where="tower"` only a fraction can be given.
         where: "tower" or "output".
         ratio: instead of `keep`, the share of tokens that each layer keeps, as in the paper (0.5 to below 1).
-        preset: margins, metric and place as the official code has them for "clip" (Hugging Face), "openclip", "blip",
-            "deit", "mae" or "llava" (plain ToMe in the first 13 of 23 layers, unweighted means). None: keys, between
-            attention and MLP, margin 0.9 - 0.9 l / L.
+        preset: margins, metric, place and rules as the official code has them for "clip" (Hugging Face), "openclip",
+            "blip" (not in the last layer), "blip2", "deit", "mae" or "llava" (plain ToMe in the first 13 of 23 layers,
+            unweighted means). None: keys, between attention and MLP, margin 0.9 - 0.9 l / L.
         alpha: of the ELU.
         proportional: whether attention counts a merged token as often as it has patches; off in the official code.
         faithful: like `preset="llava"`, which is what the official code does in LLaVA.

@@ -63,7 +63,8 @@ class ToMe(Reducer):
     merged token is projected and takes the slot of its first patch. Merging for a language model is unofficial: the
     schedule removes the same number of patches in each layer (or as `inflect` says) so that `keep` are left. What the
     tower cannot bring down to `keep` (at most half of its tokens vanish in a layer) is merged on, by the same rule, on
-    the projected tokens; so is everything with `where="output"`, which works with every model.
+    the projected tokens; so is everything with `where="output"`, which works with every model. A vision encoder on its
+    own (ViT, CLIP, SigLIP) is served, too: its output keeps its length, each patch carrying its token.
 
     Args:
         keep: visual tokens per image (int), or their fraction (float in (0, 1]). Exactly as many stay; where a model

@@ -94,7 +94,8 @@ def headline(results: Results) -> list[str]:
             f"vision tower included{_times_faster(cheapest)}."
         )
     for baseline, known in versus_baselines(results).items():
-        found.append(_against(baseline, known, results.entries))
+        if known:
+            found.append(_against(baseline, known, results.entries))
     return found
 
 

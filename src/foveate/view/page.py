@@ -77,7 +77,7 @@ def table(heads: Sequence[Head], rows: Sequence[Sequence[Cell]], label: str, css
         rows: the first cell names the row.
         label: what the table holds, for those who cannot see it.
     """
-    wordy = [cell.css in ("left", "words") for cell in rows[0]] if rows else []
+    wordy = [cell.css in ("left", "words") for cell in rows[0]] if rows else [False] * len(heads)
     head = "".join(
         f'<th scope="col"{" class=left" if flush else ""}>{_head(each)}</th>'
         for each, flush in zip(heads, wordy, strict=True)

@@ -210,7 +210,7 @@ def _quartiles(entry: Entry, results: Results) -> tuple[float, float]:
 def _names(place: Any, facet: Facet, axis: Axis, theme: Theme) -> None:
     """Names in a column on the left, at the height of each line's cheapest point, never on top of each other."""
     named = [(series, points[0]) for series in facet.series if (points := series.points(axis))]
-    heights = spread(_heights(place, [entry for _, entry in named]), 0.05, 0.03, 0.95)
+    heights = spread(_heights(place, [entry for _, entry in named]), _line(place), 0.03, 0.96)
     for (series, entry), height in zip(named, heights, strict=True):
         _name(place, series.name, series, entry, axis, height, theme)
 
@@ -237,7 +237,7 @@ def _overview(place: Any, facet: Facet, axis: Axis, theme: Theme) -> None:
     )  # fmt: skip
     front = [(series, entry) for series, entry in entries if entry.on_front(axis)]
     wanted = [height + 0.02 for height in _heights(place, [entry for _, entry in front])]
-    heights = spread(wanted, 0.047, 0.03, 0.97)
+    heights = spread(wanted, _line(place), 0.03, 0.96)
     for (series, entry), height in zip(front, heights, strict=True):
         colour = series.colour or theme.baseline
         place.plot(
@@ -245,6 +245,11 @@ def _overview(place: Any, facet: Facet, axis: Axis, theme: Theme) -> None:
             markersize=6, linestyle="none", zorder=4, gid=f"pareto:{entry.row['id']}",
         )  # fmt: skip
         _name(place, entry.label, series, entry, axis, height, theme)
+
+
+def _line(place: Any) -> float:
+    """Height of a line of names as a fraction of that of the axes."""
+    return 1.3 * _FONT / 72 / (place.get_position().height * place.figure.get_figheight())
 
 
 def _heights(place: Any, entries: Sequence[Entry]) -> list[float]:

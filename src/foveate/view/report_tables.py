@@ -219,7 +219,7 @@ def by_kind(results: Results) -> str:
 
 
 def versus(results: Results) -> str:
-    """Methods against the baselines that took part, budget by budget; "" if none did."""
+    """Methods against the baselines that took part, budget by budget; "" if there is nothing to compare."""
     known = versus_baselines(results)
     if not known:
         return ""
@@ -227,6 +227,8 @@ def versus(results: Results) -> str:
     for entry in results.entries:
         if entry.method not in known:
             names.setdefault(entry.name, []).append(entry)
+    if not names:
+        return ""
     found = []
     for name, entries in sorted(names.items()):
         cells = [Cell(name)]

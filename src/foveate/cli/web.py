@@ -17,7 +17,7 @@ def web(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 for everybody in the network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=_LAST_PORT, help="Port to listen at.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=_LAST_PORT, help="Port to listen at; 0: a free one.")] = 7860,
     model: Annotated[str, typer.Option(help="Model to begin with: Hub id, folder or zoo:NAME.")] = "zoo:tiny-llava",
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")] = False,
     json: JsonOption = None,
@@ -30,7 +30,7 @@ def web(
     """
     writable(json)
     try:
-        from ..view.app import serve
+        from ..view.app import AddressError, serve
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise
@@ -40,8 +40,8 @@ def web(
             write_json(json, {"address": address, "model": model})
             say(f"{address}  (stop with Ctrl+C)")
             _until_interrupted()
-    except OSError as error:
-        raise CommandError(f"port {port} at {host}: cannot be used, it is taken or the address is not ours") from error
+    except AddressError as error:
+        raise CommandError(str(error)) from error
 
 
 def _until_interrupted() -> None:

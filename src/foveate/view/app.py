@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 
 from ..engine.anatomy import resolve
 from . import app_html as html
@@ -24,7 +29,7 @@ from .app_options import controls, describe, parse_options, usable_methods
 from .app_pictures import entering_picture, score_picture
 from .app_run import AskError, Progress, Question, Runner, explain, read_image
 
-__all__ = ["Page", "serve"]
+__all__ = ["AddressError", "Page", "serve"]
 
 Updates = dict[Any, Any]
 """Component -> its new value or properties."""
@@ -37,41 +42,59 @@ _STYLE = Path(__file__).with_name("app.css")
 _HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
+class AddressError(OSError):
+    """Nothing can listen there. The message names host and port."""
+
+
 @contextmanager
 def serve(host: str, port: int, model: str, open_browser: bool = False) -> Iterator[str]:
-    """The page, up as long as the context lasts; yields its address.
+    """The page, up as long as the context lasts; yields its address. Port 0: any free one.
 
     Raises:
         ModelError: `model` cannot be loaded.
-        OSError: nothing can listen at that host and port.
+        AddressError: nothing can listen at that host and port.
     """
-    page = Page(Runner(), model)
-    server = logging.getLogger("uvicorn.error")
-    server.addFilter(_silent)  # a port that is taken: the caller says so
-    try:
-        _, address, _ = page.blocks.queue(default_concurrency_limit=None).launch(
-            server_name=host,
-            server_port=port,
-            inbrowser=open_browser,
-            prevent_thread_lock=True,
-            share=False,
+    app = FastAPI()
+    # Not by Blocks.launch: on a busy machine it gives up after five seconds, as if the port were taken.
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
+    with closing(_bound(config)) as listener:
+        gr.mount_gradio_app(
+            app,
+            Page(Runner(), model).blocks.queue(default_concurrency_limit=None),
+            path="/",
             ssr_mode=False,
-            quiet=True,
-            max_file_size="50mb",
+            run_history=False,
             footer_links=[],
+            max_file_size="50mb",
             css_paths=_STYLE,
             theme=_theme(),
         )
-    finally:
-        server.removeFilter(_silent)
+        server = uvicorn.Server(config)
+        thread = Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        while thread.is_alive() and not server.started:
+            time.sleep(0.02)
+        address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{listener.getsockname()[1]}/"
+        if open_browser:
+            webbrowser.open(address)
+        try:
+            yield address
+        finally:
+            server.should_exit = True
+            thread.join(5)
+
+
+def _bound(config: uvicorn.Config) -> Any:
+    """The socket of a server. Raises `AddressError`; uvicorn would log the reason and end the process."""
+    logger = logging.getLogger("uvicorn.error")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        yield address
+        return config.bind_socket()
+    except SystemExit as error:
+        raise AddressError(f"port {config.port} at {config.host}: taken, or no address of this machine") from error
     finally:
-        page.blocks.close(verbose=False)
-
-
-def _silent(record: logging.LogRecord) -> bool:
-    return False
+        logger.setLevel(level)
 
 
 def _theme() -> gr.Theme:

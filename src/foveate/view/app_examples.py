@@ -37,7 +37,8 @@ def shipped_models() -> list[str]:
     """Names of the shipped models that answer questions about images, as `evaluate.answer.load` takes them."""
     found = []
     for name in zoo.names():
-        config = json.loads((zoo.path(name) / "config.json").read_text())
+        path = zoo.path(name) / "config.json"
+        config = json.loads(path.read_text()) if path.is_file() else {}
         if any(kind.endswith("ForConditionalGeneration") for kind in config.get("architectures", ())):
             found.append(f"zoo:{name}")
     return found

@@ -26,6 +26,7 @@ structure: $(VENV)/.test-installed
 zoo: $(VENV)/.test-installed
 	$(BIN)/python -m foveate.zoo.train
 	$(BIN)/python -m foveate.zoo.train.companion
+	$(BIN)/python -m foveate.zoo.train.vilt
 
 bench: $(VENV)/.demo-installed
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json

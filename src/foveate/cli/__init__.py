@@ -1,9 +1,10 @@
 """The command line: `foveate COMMAND`. Commands are thin; what they do lives in the packages they call.
 
 * `shell`: what all commands share: one-line errors, tables, progress, files written whole.
-* `demo`, `run`, `sweep`, `train`, `tune`, `web` (`app`), `paper` (`methods`, `flops`): the commands.
+* `bench`, `demo`, `run`, `sweep`, `train`, `tune`, `web` (`app`), `paper` (`methods`, `flops`): the commands.
 """
 
+from .bench import bench
 from .demo import demo
 from .paper import flops, methods
 from .run import run
@@ -15,7 +16,7 @@ from .web import web
 
 __all__ = ["app", "main"]
 
-for command in (demo, methods, run, flops, sweep, tune, train):
+for command in (demo, methods, run, bench, flops, sweep, tune, train):
     app.command()(command)
 app.command("app")(web)
 

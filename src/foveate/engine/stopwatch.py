@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["deciding", "watched"]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 Watch = Callable[[], AbstractContextManager[Any]]
 
 _watch: ContextVar[Watch | None] = ContextVar("foveate_watch", default=None)

@@ -75,7 +75,7 @@ def prefill_flops(
     """
     anatomy = resolve(model)
     if trace is None:
-        trace = _untouched(anatomy, inputs)
+        trace = untouched(anatomy, inputs)
     shape = Geometry.from_config(anatomy.config, visual_tokens=0, text_tokens=0)
     decoder = exact_flops(shape, trace, logits=0, fillers=fillers)
     head = exact_flops(shape, trace, logits=logits, fillers=fillers) - decoder
@@ -87,12 +87,12 @@ def prefill_flops(
     return PrefillFlops(vision, 2 * seen.features * _connector_weights(anatomy), decoder, head)
 
 
-def _untouched(anatomy: Anatomy, inputs: Mapping[str, Any]) -> Trace:
+def untouched(anatomy: Anatomy, inputs: Mapping[str, Any]) -> Trace:
     """Trace of a prefill of `inputs` in which nothing is removed."""
     ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     visual = anatomy.find_placeholders(ids, embeds)
     if visual is None:
-        raise UnsupportedError("prefill_flops: inputs hold neither input_ids nor inputs_embeds")
+        raise UnsupportedError("the inputs hold neither input_ids nor inputs_embeds")
     tokens = mask.bool() if isinstance(mask, Tensor) and mask.shape == visual.shape else torch.ones_like(visual)
     return Trace(anatomy.depth, visual, tokens)
 

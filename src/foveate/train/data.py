@@ -18,7 +18,7 @@ from PIL import Image
 from ..evaluate.data import DataError
 from ..evaluate.data import load as load_questions
 from ..zoo import scenes
-from .rows import Row, read_rows
+from .rows import Row, StoredRow, read_rows
 
 __all__ = ["Endless", "Finite", "Mixture", "Row", "Source", "draw_texts", "evaluation", "open_source", "parts"]
 
@@ -27,7 +27,7 @@ QUESTIONS = 5
 _STRIDE = 60
 """Positions after which the order of the data sets of a mixture repeats."""
 HELD_OUT = 20
-"""Of a local file that comes without `--eval-data`, every 20th row is kept for evaluation."""
+"""Of a local file that comes without `--eval-data`, the rows of every 20th image are kept for evaluation."""
 
 
 class Source:
@@ -132,9 +132,7 @@ def open_source(name: str, task: str, seed: int, held_out: bool) -> Source:
             return Endless(name, seed)
         return Finite(name, _easyvqa("train", None))
     rows = read_rows(Path(name), task)
-    if held_out and len(rows) >= HELD_OUT:
-        rows = [row for number, row in enumerate(rows) if number % HELD_OUT != HELD_OUT - 1]
-    return Finite(name, rows)
+    return Finite(name, _split(rows)[0] if held_out else rows)
 
 
 def evaluation(names: Sequence[str], task: str, count: int, from_training: bool) -> list[Finite]:
@@ -142,7 +140,7 @@ def evaluation(names: Sequence[str], task: str, count: int, from_training: bool)
 
     Args:
         names: test splits of easy-VQA and scenes, or files.
-        from_training: files hold the training data too: take every 20th row; none of a file of fewer than 20.
+        from_training: files hold the training data too: take every 20th image; none of a file of fewer than 20.
     """
     found = []
     for name in names:
@@ -154,12 +152,22 @@ def evaluation(names: Sequence[str], task: str, count: int, from_training: bool)
         else:
             rows = read_rows(Path(name), task)
             if from_training:
-                rows = rows[HELD_OUT - 1 :: HELD_OUT]
+                rows = _split(rows)[1]
             if len(rows) > count:
                 rows = [rows[i] for i in sorted(np.random.default_rng(0).choice(len(rows), count, replace=False))]
-        if rows:
+        lonely = task == "retrieval" and len({row.image_id for row in rows}) < 2  # nothing to tell it from
+        if rows and not lonely:
             found.append(Finite(name, rows))
     return found
+
+
+def _split(rows: Sequence[StoredRow]) -> tuple[list[StoredRow], list[StoredRow]]:
+    """Rows to learn from, and held-out rows, about other images."""
+    images = {image: number for number, image in enumerate(dict.fromkeys(row.image_id for row in rows))}
+    parted: tuple[list[StoredRow], list[StoredRow]] = ([], [])
+    for row in rows:
+        parted[images[row.image_id] % HELD_OUT == HELD_OUT - 1].append(row)
+    return parted
 
 
 def _easyvqa(split: str, count: int | None) -> list[Row]:

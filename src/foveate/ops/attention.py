@@ -77,4 +77,5 @@ def attention_received(
         weights.sub_(highest.masked_fill_(highest.isneginf(), 0.0)).exp_()
         shares = weights.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
         received += (shares.transpose(-1, -2) @ weights)[..., 0, :]
+        del weights  # before the next block is made
     return received / (query.shape[2] if mask is None else queries.clamp_min(1))

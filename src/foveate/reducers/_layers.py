@@ -1,12 +1,13 @@
-"""Where in the depth of a decoder a method acts, given as a layer number or as a fraction of the depth."""
+"""Options: where in the depth of a decoder a method acts (layer number or fraction of the depth), and plain checks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..reduction import OptionError
 
-__all__ = ["check_layer", "resolve_layer"]
+__all__ = ["check_flag", "check_layer", "check_layers", "check_number", "resolve_layer"]
 
 
 def check_layer(layer: Any, first: int, option: str = "layer") -> None:
@@ -22,6 +23,26 @@ def check_layer(layer: Any, first: int, option: str = "layer") -> None:
     if isinstance(layer, float) and 0.0 < layer < 1.0:
         return
     raise OptionError(f"{option}={layer!r}: give a layer number from {first} on, or a fraction of the depth in (0, 1)")
+
+
+def check_layers(layers: Any, first: int, option: str = "layers") -> None:
+    """Refuse what is no list of layers. Raises `OptionError`."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
+        raise OptionError(f"{option}={layers!r}: give a list of layer numbers or fractions of the depth")
+    for layer in layers:
+        check_layer(layer, first, option)
+
+
+def check_number(value: Any, low: float, high: float, option: str) -> None:
+    """Refuse what is no number between `low` and `high`, both included. Raises `OptionError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise OptionError(f"{option}={value!r}: give a number from {low:g} to {high:g}")
+
+
+def check_flag(value: Any, option: str) -> None:
+    """Refuse anything but True and False. Raises `OptionError`."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{option}={value!r}: use True or False")
 
 
 def resolve_layer(layer: int | float, depth: int, first: int, option: str = "layer") -> int:

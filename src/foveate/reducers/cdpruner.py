@@ -16,6 +16,7 @@ from ..ops.determinantal import determinantal_points
 from ..ops.diversity import order_mask
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, View, register
 from ._images import by_block, by_image, closed_up, counts_per_image, take
+from ._layers import check_flag
 from .similarity import CompanionSimilarity, Question, Scorer, choose_scorer
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class CDPruner(Reducer):
 
     Raises:
         BudgetError: bad `keep`.
-        OptionError: bad `similarity`, or a companion without a question.
+        OptionError: bad `similarity` or `negate`, or a companion without a question.
     """
 
     keep: int | float
@@ -72,6 +73,7 @@ class CDPruner(Reducer):
 
     def __post_init__(self) -> None:
         self._budget = Budget(self.keep)
+        check_flag(self.negate, "negate")
         self._scorer = choose_scorer(self.similarity, self.clip, self.siglip, self.question, self.tokenizer)
         self.stages = (BEFORE_LAYERS,)
 

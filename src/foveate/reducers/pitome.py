@@ -18,6 +18,7 @@ from ..ops.bipartite import Merging, cosines, energy_matching, feature_energy, s
 from ..ops.merging import energy_pairs
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError, Reducer, View, register
 from ._images import by_image, closed_up, counts_per_image
+from ._layers import check_flag, check_number
 from ._merging import check_tower, check_where, decide_by_merging, tower_leaders
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class PiToMe(Reducer):
 
     Raises:
         BudgetError: bad `keep`.
-        OptionError: bad `where`, `ratio`, `preset`; not exactly one of `keep` and `ratio`.
+        OptionError: bad `where`, `ratio`, `preset`, `alpha`, `proportional`; not exactly one of `keep` and `ratio`.
         UnsupportedError: when applied, `where="tower"` with a tower unlike CLIP's, SigLIP's or ViT's.
     """
 
@@ -157,6 +158,8 @@ class PiToMe(Reducer):
             raise OptionError("ratio= belongs to the layers of the tower; with where='output' give keep=")
         if self.preset is not None and self.preset not in _PRESETS:
             raise OptionError(f"preset={self.preset!r}: use one of {', '.join(_PRESETS)}")
+        check_number(self.alpha, 0, 100, "alpha")
+        check_flag(self.proportional, "proportional")
         self._budget = None if self.keep is None else Budget(self.keep)
         self.stages = (BEFORE_LAYERS,)
         if self.where == "tower":

@@ -27,6 +27,7 @@ from ..reduction import (
     register,
 )
 from ._images import closed_up
+from ._layers import check_flag
 from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class PruMerge(Reducer):
             raise OptionError(f"neighbours={self.neighbours!r}: give a number of patches, 0 for pruning alone")
         if self.merge not in ("mean", "sum"):
             raise OptionError(f"merge={self.merge!r}: use 'mean' or 'sum'")
+        check_flag(self.extra, "extra")
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:

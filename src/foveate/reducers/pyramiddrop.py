@@ -19,7 +19,7 @@ from ..ops.attention import attention_rows
 from ..ops.select import top_k_mask, true_indices
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
 from ._images import can_close_up
-from ._layers import check_layer, resolve_layer
+from ._layers import check_layers, resolve_layer
 
 if TYPE_CHECKING:
     from ..engine.anatomy import Anatomy
@@ -80,13 +80,13 @@ class PyramidDrop(Reducer):
         self._budget = None if self.keep is None else Budget(self.keep)
         if self._budget is not None and self.ratios is not None:
             raise OptionError(f"keep={self.keep} and ratios={self.ratios}: give one of them")
-        for layer in self.layers or ():
-            check_layer(layer, first=1, option="layers")
+        if self.layers is not None:
+            check_layers(self.layers, first=1)
         ratios = self.ratios if self.ratios is not None else _RATIOS
-        if not all(0 < ratio <= 1 for ratio in ratios) or list(ratios) != sorted(ratios, reverse=True):
+        if not _are_falling(ratios):
             raise OptionError(f"ratios={self.ratios!r}: give fractions in (0, 1] that do not grow")
         layers = self.layers if self.layers is not None else _FRACTIONS
-        if len(layers) == 0 or (self._budget is None and len(layers) != len(ratios)):
+        if self._budget is None and len(layers) != len(ratios):
             raise OptionError(f"layers={self.layers!r} and ratios={self.ratios!r}: give one ratio for each layer")
         if self.renumber not in (None, True, False):
             raise OptionError(f"renumber={self.renumber!r}: use True, False or None")
@@ -159,6 +159,14 @@ class PyramidDrop(Reducer):
         row_valid = torch.ones_like(valid[:, :1])
         slots = torch.where(valid, index, -1)
         return Tap(weights.mean(1), row_valid, index[:, -1:], slots).per_slot(length)
+
+
+def _are_falling(ratios: Any) -> bool:
+    """A list of fractions, none larger than the one before it."""
+    if isinstance(ratios, str) or not isinstance(ratios, Sequence):
+        return False
+    numbers = all(isinstance(ratio, int | float) and not isinstance(ratio, bool) for ratio in ratios)
+    return numbers and all(0 < ratio <= 1 for ratio in ratios) and list(ratios) == sorted(ratios, reverse=True)
 
 
 def _halved(depth: int) -> list[list[int]]:

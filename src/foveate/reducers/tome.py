@@ -15,6 +15,7 @@ from ..ops.bipartite import Merging, merge_schedule, soft_matching
 from ..ops.merging import soft_pairs
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError, Reducer, View, register
 from ._images import by_image, closed_up, counts_per_image
+from ._layers import check_flag, check_number
 from ._merging import check_tower, check_where, decide_by_merging, tower_leaders
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class ToMe(Reducer):
 
     Raises:
         BudgetError: bad `keep`.
-        OptionError: bad `where`, `r`, `inflect`; not exactly one of `keep` and `r`.
+        OptionError: bad `where`, `r`, `inflect`, `proportional`; not exactly one of `keep` and `r`.
         UnsupportedError: when applied, `where="tower"` with a tower unlike CLIP's, SigLIP's or ViT's.
     """
 
@@ -99,8 +100,8 @@ class ToMe(Reducer):
             raise OptionError(f"r={self.r!r}: give an int from 1 on")
         if self.r is not None and self.where == "output":
             raise OptionError("r= is a number per layer of the tower; with where='output' give keep=")
-        if isinstance(self.inflect, bool) or not -1 <= self.inflect <= 1:
-            raise OptionError(f"inflect={self.inflect!r}: give a number from -1 to 1")
+        check_number(self.inflect, -1, 1, "inflect")
+        check_flag(self.proportional, "proportional")
         self._budget = None if self.keep is None else Budget(self.keep)
         self.stages = (BEFORE_LAYERS,)
         if self.where == "tower":

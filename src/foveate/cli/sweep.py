@@ -107,10 +107,10 @@ def sweep(
     sweeping.share_threads(workers)
     plan.machine = sweeping.machine()
     try:
-        with progress("answers") as advance, progress("times") as advance_times:
+        with progress("answers, then times") as advance:
             result = sweeping.sweep(
                 Folder(out), plan, vlm, asked, workers=workers, timing_batches=2 if repeats else 0,
-                timing_repeats=repeats, share_vision=share_vision, progress=advance, timing_progress=advance_times,
+                timing_repeats=repeats, share_vision=share_vision, progress=advance, timing_progress=advance,
             )  # fmt: skip
     except SweepError as error:
         raise CommandError(str(error)) from error
@@ -232,7 +232,7 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     """One column per leaf: accuracy_ci.low, accuracy_by_data.scenes, options as name=value."""
     for name, value in row.items():
         if name == "options":
-            yield name, " ".join(f"{key}={each}" for key, each in value.items())
+            yield name, " ".join(f"{key}={each}" for key, each in sorted(value.items()))
         elif isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, list) and name.endswith("_ci"):
@@ -242,8 +242,15 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _draw(folder: Path, vlm: Any, html: Path | None, plots: Path | None) -> None:
-    if html is not None:
-        from ..view.report import write_report
+    try:
+        if plots is not None:
+            from ..view.plots import write_plots
 
-        write_report(folder, vlm, html)
-        say(f"Report: {html}")
+            say(f"Plots: {', '.join(path.name for path in write_plots(folder, plots))} in {plots}")
+        if html is not None:
+            from ..view.report import write_report
+
+            write_report(folder, vlm, html)
+            say(f"Report: {html}")
+    except OSError as error:
+        raise CommandError(f"{error.filename or html or plots}: cannot be written ({error.strerror})") from error

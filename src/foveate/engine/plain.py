@@ -26,7 +26,8 @@ def find_encoder(model: Any) -> nn.Module | None:
     A model whose configuration names an image placeholder is a vision-language model, whatever it contains.
     """
     config = getattr(model, "config", None)
-    if config is None or any(getattr(config, f"image_token_{kind}", None) is not None for kind in ("id", "index")):
+    placeholder = any(getattr(config, f"image_token_{kind}", None) is not None for kind in ("id", "index"))
+    if config is None or placeholder or hasattr(model, "language_model"):
         return None
     for candidate in (getattr(model, "vision_model", None), getattr(model, "base_model", None)):
         sees = getattr(candidate, "main_input_name", None) == "pixel_values"

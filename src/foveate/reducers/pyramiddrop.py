@@ -113,7 +113,7 @@ class PyramidDrop(Reducer):
     # ------------------------------------------------------------------------------------------------------ schedule
     def _plan(self, view: View) -> tuple[Tensor, Tensor, set[int]]:
         """Layers and token counts of each sample, (B, stages) both, and all layers at which something happens."""
-        tokens = (view.visual & view.tokens).sum(1)
+        tokens = view.active_visual.sum(1)  # in a Chain, those that others have left
         tables = torch.tensor(self._lists, device=tokens.device)
         if self._budget is None:
             ratios = torch.tensor(list(self.ratios or _RATIOS)[: tables.shape[1]], dtype=torch.double).to(tokens.device)

@@ -1,0 +1,95 @@
+"""Chain: one trace, honest budgets, and each member's own positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import foveate
+from foveate.reduction import TapSpec
+from tests import families
+from tests.reference.checks import build_once, footprint, largest
+from tests.reference.renumbered import decoder_inputs, shorter_prompt
+
+
+@torch.no_grad()
+def entering(*members: foveate.Reducer, name: str = "llava") -> list[int]:
+    """Visual tokens (of 16) that enter each layer."""
+    model = build_once(name)
+    before = footprint(model)
+    with foveate.apply(model, foveate.Chain(*members)) as session:
+        model(**families.inputs(name, model))
+    assert footprint(model) == before
+    counts = session.trace.visual_tokens
+    assert torch.equal(counts[0], counts[1])
+    assert session.trace.mean_visual_tokens[0] == counts[0].double().mean()
+    return counts[0].tolist()
+
+
+def test_a_fraction_is_of_what_arrives_and_a_count_stays_a_count():
+    half = {"keep": 0.5}
+    assert entering(foveate.DivPrune(**half), foveate.FastV(**half, layer=2)) == [8, 8, 4, 4, 4, 4]
+    assert entering(foveate.DivPrune(keep=8), foveate.FastV(keep=6, layer=2)) == [8, 8, 6, 6, 6, 6]
+    assert entering(foveate.DivPrune(keep=4), foveate.FastV(keep=6, layer=2)) == [4] * 6
+    assert entering(foveate.VisionZip(keep=8), foveate.VTW(layer=3)) == [8, 8, 8, 0, 0, 0]
+    assert entering(foveate.ToMe(keep=12), foveate.DivPrune(**half), foveate.DART(**half, layer=4)) == [6] * 4 + [3] * 2
+    assert entering(foveate.PruMerge(**half), foveate.VisPruner(**half), foveate.DivPrune(**half)) == [2] * 6
+
+
+@torch.no_grad()
+def test_the_one_trace_knows_every_stage():
+    model = build_once("llava")
+    inputs = families.inputs("llava", model)
+    with foveate.apply(model, foveate.Chain(foveate.PruMerge(keep=8), foveate.FastV(keep=3, layer=2))) as session:
+        model(**inputs)
+    trace = session.trace
+    assert list(trace.stages) == [-1, 1]
+    assert trace.kept(-1).sum(1).tolist() == [8, 8]
+    assert trace.kept(1).sum(1).tolist() == [3, 3]
+    assert not bool((trace.kept(1) & ~trace.kept(-1)).any())
+    assert trace.kv_lengths[0] - trace.kv_lengths[-1] == 5
+    assert trace.scores(1) is not None
+    assert trace.origins(-1) is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "second", [foveate.FastV(keep=4, layer=2), foveate.PyramidDrop(layers=[2, 4], ratios=[0.5, 0.25])]
+)
+def test_behind_a_compact_member_it_is_the_second_on_the_shorter_prompt(second: foveate.Reducer):
+    model = build_once("llava")
+    inputs = families.inputs("llava", model, batch=1)
+    first = foveate.DivPrune(keep=8)
+    with foveate.apply(model, first) as session:
+        model(**inputs)
+    visual = families.visual_slots(inputs["input_ids"])
+    removed = visual & ~session.trace.kept(-1)
+    short, _ = shorter_prompt(decoder_inputs(model, inputs), inputs["attention_mask"], {-1: removed})
+    with foveate.apply(model, second, visual=visual[~removed][None]):
+        expected = model.generate(**short, max_new_tokens=4, do_sample=False, pad_token_id=0, output_logits=True,
+                                  return_dict_in_generate=True, suppress_tokens=[150, 151])  # fmt: skip
+    with foveate.apply(model, foveate.Chain(first, second)):
+        actual = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0, output_logits=True,
+                                return_dict_in_generate=True, suppress_tokens=[150, 151])  # fmt: skip
+    assert largest(torch.stack(actual.logits) - torch.stack(expected.logits)) <= 2e-4
+    assert torch.equal(actual.sequences[:, -4:], expected.sequences[:, -4:])
+
+
+class Reads(foveate.Reducer):
+    stages = (1,)
+
+    def __init__(self, spec: TapSpec):
+        self.taps = {1: spec}
+
+
+def test_what_cannot_go_together():
+    model = build_once("llava")
+    with pytest.raises(foveate.OptionError, match="at least one"):
+        foveate.Chain()
+    for members, culprit in (
+        ((foveate.ToMe(8), foveate.PiToMe(8)), "vision tower"),
+        ((Reads(TapSpec("last")), Reads(TapSpec("text"))), "decoder layer 1"),
+        ((foveate.FoPru(8), foveate.VisionZip(8)), "vision layer -2"),
+    ):
+        with pytest.raises(foveate.OptionError, match=culprit):
+            foveate.apply(model, foveate.Chain(*members))

@@ -3,7 +3,7 @@
 import pytest
 
 import foveate
-from foveate.evaluate.answer import load
+from foveate.evaluate.answer import answer, load
 from foveate.evaluate.contestants import FULL, Contestant, Entry, build_reducer, entries_for, expand, refusal
 from foveate.evaluate.data import load as data
 
@@ -47,6 +47,22 @@ def test_companions_have_two_entries_on_the_model_that_has_one(vlm):
         assert refusal(contestant, vlm, sample) is None
     with pytest.raises(foveate.OptionError, match="zoo:huge-clip"):
         build_reducer(Contestant("cdpruner", {"clip": "zoo:huge-clip"}, 0.2), vlm)
+
+
+def test_a_chain_gives_its_budget_to_the_first_member(vlm):
+    members = [{"method": "visionzip"}, {"method": "vtw", "options": {"layer": 4}}]
+    (chain,) = expand(entries_for("chain", {"members": members}, "zoo:tiny-llava"), [0.25], [0])
+    assert chain.id == "chain[visionzip+vtw[layer=4]]@0.25"
+    assert Contestant.from_json(chain.to_json()) == chain
+    reducer = build_reducer(chain, vlm)
+    with foveate.apply(vlm.model, reducer) as session:
+        answer(vlm, vlm.inputs(data("scenes", 1)))
+    assert session.trace.visual_tokens[0].tolist() == [49, 49, 49, 49, 0, 0]
+    for bad in ({}, {"members": []}, {"members": ["vtw"]}, {"members": members, "layer": 3}):
+        with pytest.raises(foveate.OptionError, match="chain"):
+            entries_for("chain", bad, "zoo:tiny-llava")
+    with pytest.raises(foveate.OptionError, match="depth"):
+        entries_for("chain", {"members": [{"method": "vtw", "options": {"depth": 4}}]}, "zoo:tiny-llava")
 
 
 def test_what_cannot_take_part_says_why(vlm):

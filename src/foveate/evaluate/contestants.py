@@ -10,6 +10,7 @@ import torch
 
 from .. import zoo
 from ..engine.session import apply
+from ..reducers.chain import Chain
 from ..reduction import Budget, BudgetError, OptionError, Reducer, UnsupportedError, build, options
 from .answer import VLM, ZOO, prefill_seconds
 from .data import Sample
@@ -18,6 +19,8 @@ __all__ = ["FULL", "Contestant", "Entry", "build_reducer", "entries_for", "expan
 
 _COMPANIONS = ("clip", "siglip")
 _TINY = ("zoo:tiny-llava", "zoo:tiny-clip")
+CHAIN = "chain"
+"""Several methods in one model: option `members` lists them as {method, options}; the first one gets the budget."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Contestant:
     """One method at one budget, with one seed.
 
     Attributes:
-        method: a name of the registry; "full" is the unreduced model.
+        method: a name of the registry; "full" is the unreduced model, "chain" several methods (`CHAIN`).
         options: those that differ from the defaults, as JSON can hold them.
         keep: None where the method has another option that says how much stays.
         seed: None for a method without one.
@@ -39,7 +42,10 @@ class Contestant:
     @property
     def row(self) -> str:
         """What the seeds of one row have in common: `fastv[layer=1]@0.33`."""
-        inside = ";".join(f"{name}={_written(value)}" for name, value in sorted(self.options.items()))
+        if self.method == CHAIN:
+            inside = "+".join(Contestant(each["method"], each["options"]).row for each in self.options["members"])
+        else:
+            inside = ";".join(f"{name}={_written(value)}" for name, value in sorted(self.options.items()))
         budget = "" if self.keep is None or self.is_full else f"@{self.keep:g}"
         return f"{self.method}{f'[{inside}]' if inside else ''}{budget}"
 
@@ -94,6 +100,8 @@ def entries_for(method: str, chosen: Mapping[str, Any], model: str) -> list[Entr
     Raises:
         OptionError: unknown method or option.
     """
+    if method == CHAIN:
+        return [Entry(CHAIN, {"members": _members(chosen)})]
     known = options(method)
     for name in chosen:
         if name not in known:
@@ -108,6 +116,23 @@ def entries_for(method: str, chosen: Mapping[str, Any], model: str) -> list[Entr
     return [Entry(method, dict(chosen))]
 
 
+def _members(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
+    members = chosen.get("members")
+    if not isinstance(members, list) or not members or len(chosen) > 1:
+        raise OptionError("chain needs members, a list of {method, options}, and nothing else")
+    found = []
+    for member in members:
+        if not (
+            isinstance(member, dict)
+            and isinstance(member.get("method"), str)
+            and member.keys() <= {"method", "options"}
+        ):
+            raise OptionError(f"chain: {member!r} is not {{method, options}}")
+        (entry,) = entries_for(member["method"], member.get("options") or {}, "")
+        found.append({"method": entry.method, "options": dict(entry.options)})
+    return found
+
+
 def expand(entries: Iterable[Entry], keeps: Sequence[int | float], seeds: Sequence[int]) -> list[Contestant]:
     """Contestants of the entries: every budget, and every seed for methods that have one.
 
@@ -120,7 +145,8 @@ def expand(entries: Iterable[Entry], keeps: Sequence[int | float], seeds: Sequen
     """
     found: dict[str, Contestant] = {}
     for entry in entries:
-        known, chosen = options(entry.method), dict(entry.options)
+        known = {"keep": None} if entry.method == CHAIN else options(entry.method)
+        chosen = dict(entry.options)
         budgets: Sequence[int | float | None] = keeps if entry.keep is None else entry.keep
         if "keep" in chosen:
             budgets = [chosen.pop("keep")]
@@ -145,21 +171,29 @@ def build_reducer(contestant: Contestant, vlm: VLM) -> Reducer | None:
     """
     if contestant.is_full:
         return None
-    chosen = dict(contestant.options)
+    if contestant.method == CHAIN:
+        budgets = [contestant.keep, *[None] * len(contestant.options["members"])]
+        members = zip(contestant.options["members"], budgets)
+        return Chain(*(_build(each["method"], each["options"], keep, None, vlm) for each, keep in members))
+    return _build(contestant.method, contestant.options, contestant.keep, contestant.seed, vlm)
+
+
+def _build(method: str, given: Mapping[str, Any], keep: int | float | None, seed: int | None, vlm: VLM) -> Reducer:
+    chosen = dict(given)
     for name in _COMPANIONS:
         if isinstance(chosen.get(name), str):
             if chosen[name].startswith(ZOO):
                 try:
                     chosen[name] = str(zoo.path(chosen[name].removeprefix(ZOO)))
                 except ValueError as error:
-                    raise OptionError(f"{contestant.method}: {name}={contestant.options[name]}: {error}") from error
+                    raise OptionError(f"{method}: {name}={given[name]}: {error}") from error
             if "question" not in chosen:
                 chosen.setdefault("tokenizer", vlm.tokenizer)
-    if contestant.keep is not None:
-        chosen["keep"] = contestant.keep
-    if contestant.seed is not None:
-        chosen["seed"] = contestant.seed
-    return build(contestant.method, **chosen)
+    if keep is not None:
+        chosen["keep"] = keep
+    if seed is not None:
+        chosen["seed"] = seed
+    return build(method, **chosen)
 
 
 def refusal(contestant: Contestant, vlm: VLM, sample: Sample) -> Exception | None:

@@ -144,6 +144,11 @@ class Page:
                         self._method(methods, depth)
                 with gr.Column(scale=7, min_width=300, elem_id="fv-results"):
                     self._results(depth)
+            # Values as they come: what is wrong with them, the page says in its own words. Not by subclasses: for one,
+            # gradio writes a stub file into the package.
+            self.image.preprocess = _path  # type: ignore[assignment]
+            for slider in (self.keep, self.layer, self.stage):
+                slider.preprocess = _number  # type: ignore[assignment]
             self._wire()
 
     # ------------------------------------------------------------------------------------------------------- layout
@@ -157,9 +162,6 @@ class Page:
             picture, type="filepath", sources=["upload", "clipboard"], label="Image", height=230, buttons=[],
             elem_id="fv-image",
         )  # fmt: skip
-        # The file as it came: what is wrong with it, the page says in its own words. Not by a subclass: for one, gradio
-        # writes a stub file into the package.
-        self.image.preprocess = _path  # type: ignore[assignment]
         self.text = gr.Textbox(
             question, label="Question", lines=1, max_lines=3, max_length=1000, elem_id="fv-question",
             placeholder="What do you want to know about the image?",
@@ -230,16 +232,18 @@ class Page:
 
     def ask(self, form: Form, request: gr.Request, patience: float = 0.0) -> Iterator[Updates]:
         """Answer, and show each step of it."""
+        yield {self.message: gr.skip()}  # gradio empties all outputs of a generator that ends without a word
         try:
             last = form[self.last]
             for now in self.runner.ask(self._question(form), request.session_hash or "", patience):
                 deepest = now.trace.n_layers - 1 if now.trace else 0
-                yield self._show(now, min(form[self.stage], deepest) if last else deepest)
+                yield self._show(now, min(int(form[self.stage] or 0), deepest) if last else deepest)
         except Exception as error:  # whatever it is, the page says it in one line and lives on
             yield {self.message: html.message(explain(error), error=True), self.stop_button: gr.update(visible=False)}
 
     def ask_again(self, form: Form, request: gr.Request) -> Iterator[Updates]:
         """A control was moved: ask once more, if anything was asked before."""
+        yield {self.message: gr.skip()}
         if form[self.last] is not None:
             yield from self.ask(form, request, _PATIENCE)
 
@@ -247,9 +251,11 @@ class Page:
         method = form[self.method]
         if not method:
             raise AskError("Choose a method first.")
+        if form[self.keep] is None:
+            raise AskError("Say how many of the visual tokens to keep: 1 to 100 %.")
         found = controls(method, form[self.depth])
         options = parse_options(form[self.others] or "")
-        if found.layer:
+        if found.layer and form[self.layer] is not None:
             options.setdefault("layer", int(form[self.layer]))
         if found.choice:
             options.setdefault(found.choice.name, form[self.choice])
@@ -271,8 +277,9 @@ class Page:
             updates |= self.show_layer(now, layer)
         return updates
 
-    def show_layer(self, last: Progress | None, layer: int) -> Updates:
+    def show_layer(self, last: Progress | None, layer: int | None) -> Updates:
         """Tokens and scores at a layer of the last answer; empty places without one."""
+        layer = int(layer or 0)
         if last is None or last.trace is None:
             trace, kept, scores = None, None, None
         else:
@@ -340,6 +347,10 @@ class Page:
 
 def _path(upload: Any) -> Any:
     return None if upload is None else upload.path
+
+
+def _number(value: Any) -> Any:
+    return value if isinstance(value, int | float) else None
 
 
 def _example(number: int) -> tuple[str, str]:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "recipe": {"reduction", "reducers", "recipe"},
     "tune": {"ops", "reduction", "recipe", "engine", "measure", "tune"},
     "train": {"ops", "reduction", "recipe", "models", "engine", "measure", "zoo", "evaluate", "train"},
-    "evaluate": {"ops", "reduction", "recipe", "models", "engine", "measure", "tune", "zoo", "evaluate"},
+    "evaluate": {"ops", "reduction", "reducers", "recipe", "models", "engine", "measure", "tune", "zoo", "evaluate"},
     "view": {"ops", "reduction", "recipe", "engine", "measure", "tune", "evaluate", "zoo", "view"},
 }
 """Floor -> the floors it stands on, itself included; what is not listed is the roof and may import everything."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import FAMILIES, build, inputs
+from tests.families import FAMILIES, IMAGE_TOKEN, build, inputs
+from tests.reference.checks import build_once
 
 import foveate
 from foveate.engine.anatomy import resolve
@@ -59,16 +60,38 @@ def test_patches_lie_at_their_slots(family: str) -> None:
         assert set(top_moved.tolist()) & set(top_arrived.tolist()), f"seed {seed}"
 
 
+@pytest.mark.parametrize("images", [1, [2, 1]], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_patch_has_one_slot(family: str) -> None:
-    model = build(family)
-    view = look(model, inputs(family, model, batch=2))
+def test_every_patch_has_one_slot(family: str, images: int | list[int]) -> None:
+    model = build_once(family)
+    view = look(model, inputs(family, model, images=images))
     patches = view.vision[-1]
     flat = (patches.rows[:, None] * view.visual.shape[1] + patches.slots)[patches.valid]
     assert len(flat) == len(flat.unique())
     assert bool(view.visual.flatten()[flat].all())
     newlines = 0 if view.layout is None else sum(len(i.newline) for row in view.layout.images for i in row)
     assert len(flat) + newlines == int(view.visual.sum())
+
+
+@torch.no_grad()
+def test_tiles_and_thumbnail_share_the_budget_of_their_image() -> None:
+    """InternVL: two tiles and the thumbnail of one image, then an image of one tile; pixel shuffle in each."""
+    model = build_once("internvl")
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 7, *[IMAGE_TOKEN] * 48, 8, 9, *[IMAGE_TOKEN] * 16, 10, 11]])
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    view = look(model, kwargs)
+    patches = view.vision[-1]
+    assert patches.slots.tolist() == [list(range(start, start + 16)) for start in (2, 18, 34, 52)]
+    assert patches.grid.tolist() == [[4, 4]] * 4
+    assert view.images.tolist() == [2]
+    for tile in range(4):  # each tile's features are those of its own pixels
+        lone = {**kwargs, "pixel_values": pixels.roll(-tile, 0)}
+        torch.testing.assert_close(look(model, lone).vision[-1].attention[0], patches.attention[tile])
+    with foveate.apply(model, foveate.FoPru(keep=12)) as session:
+        model(**kwargs)
+    kept = session.trace.kept(-1)[0]
+    assert [int(kept[a:b].sum()) for a, b in ((2, 18), (18, 34), (34, 50), (52, 68))] == [4, 4, 4, 12]
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "vipllava"])

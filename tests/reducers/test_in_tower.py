@@ -85,3 +85,15 @@ def test_the_tower_computes_less(method: str):
     full = flops(run)
     with foveate.apply(model, METHODS[method](0.25)):
         assert flops(run) <= 0.85 * full
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["fopru", "visionzip", "prumerge", "vispruner", "recoverable"])
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", "internvl"])
+def test_several_images_in_a_row_have_the_budget_of_each(name: str, method: str):
+    """Idefics hands over all images, or tiles, of a row in one piece."""
+    model = build_once(name)
+    inputs = families.inputs(name, model, images=[3, 1])
+    with foveate.apply(model, foveate.build(method, keep=5)) as session:
+        model(**inputs)
+    assert session.trace.visual_tokens[:, 0].tolist() == [15, 5]

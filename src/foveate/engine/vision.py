@@ -249,8 +249,10 @@ def _square_plan(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any
     """Blocks of equal squares, possibly pooled (InternVL, Idefics, Gemma 3) or packed (LLaVA-NeXT)."""
     if hasattr(anatomy.base, "pack_image_features"):
         return _packed_plan(anatomy, blocks, tokens, info)
+    # Idefics hands over one tensor for each row, all its images and tiles in it: count them all.
     features = info.get("image_features")
-    per_block = features[0].shape[-2] if features is not None and len(features) else tokens
+    lengths = [] if features is None else [part.shape[:-1].numel() for part in features]
+    per_block = sum(lengths) // blocks if lengths and sum(lengths) % blocks == 0 else tokens
     side = math.isqrt(tokens)
     step = math.isqrt(tokens // per_block) if per_block else 0
     if side * side != tokens or not step or step * step * per_block != tokens or side % step:

@@ -33,7 +33,7 @@ def energy_pairs(x: Tensor, valid: Tensor, r: Tensor, margin: float, alpha: floa
     number = valid.sum(1, keepdim=True)
     # Padding has similarity 0 with everything: take its share out of the sum.
     empty = elu(x.new_tensor(-margin, dtype=torch.float32), alpha=alpha) * (valid.shape[1] - number)
-    energy = (elu(similarity - margin, alpha=alpha).sum(2) - empty) / number.clamp_min(1)
+    energy = (elu(similarity - margin, alpha=alpha, inplace=True).sum(2) - empty) / number.clamp_min(1)
     ranked = energy.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(ranked).scatter_(
         1, ranked, torch.arange(ranked.shape[1], device=x.device).expand_as(ranked)

@@ -39,6 +39,8 @@ Form = dict[Any, Any]
 _METHOD, _KEEP = "sparsevlm", 33
 _PATIENCE = 0.3  # seconds a slider must rest before the model is asked again
 _STYLE = Path(__file__).with_name("app.css")
+_STAMPED = "(...form) => [...form.slice(0, -1), performance.now()]"
+"""Puts the time into the last field of a form: the server may get to see two of them in another order."""
 _HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -144,6 +146,7 @@ class Page:
                         self._method(methods, depth)
                 with gr.Column(scale=7, min_width=300, elem_id="fv-results"):
                     self._results(depth)
+            self.stamp = gr.Number(visible=False)  # the last component: see _STAMPED
             # Values as they come: what is wrong with them, the page says in its own words. Not by subclasses: for one,
             # gradio writes a stub file into the package.
             self.image.preprocess = _path  # type: ignore[assignment]
@@ -210,11 +213,17 @@ class Page:
         options = [self.layer, self.choice, self.others]
         form = {
             self.model, self.image, self.text, self.method, self.keep, *options, self.faithful, self.stage, self.last,
-            self.depth,
+            self.depth, self.stamp,
         }  # fmt: skip
         tokens = [self.columns, self.kept, self.kept_note, self.scores, self.scores_note]
         shown = [self.answers, self.bill, self.message, self.stop_button, self.last, self.stage, *tokens]
-        asking: dict[str, Any] = {"inputs": form, "outputs": shown, "trigger_mode": "multiple", **_HIDDEN}
+        asking: dict[str, Any] = {
+            "inputs": form,
+            "outputs": shown,
+            "trigger_mode": "multiple",
+            "js": _STAMPED,
+            **_HIDDEN,
+        }
         gr.on([self.ask_button.click, self.text.submit], self.ask, **asking)
         self.examples.click(_example, self.examples, [self.image, self.text], **_HIDDEN).then(self.ask, **asking)
         self.method.input(
@@ -235,7 +244,7 @@ class Page:
         yield {self.message: gr.skip()}  # gradio empties all outputs of a generator that ends without a word
         try:
             last = form[self.last]
-            for now in self.runner.ask(self._question(form), request.session_hash or "", patience):
+            for now in self.runner.ask(self._question(form), _tab(request), form[self.stamp] or 0, patience):
                 deepest = now.trace.n_layers - 1 if now.trace else 0
                 yield self._show(now, min(int(form[self.stage] or 0), deepest) if last else deepest)
         except Exception as error:  # whatever it is, the page says it in one line and lives on
@@ -303,7 +312,7 @@ class Page:
 
     def choose_model(self, model: str | None, method: str, request: gr.Request) -> Iterator[Updates]:
         """Load a model, empty the page, and offer the methods that work with it."""
-        self.runner.stop(request.session_hash or "")
+        self.runner.stop(_tab(request))
         yield {self.message: html.message(f"Loading {model}")}
         try:
             with self.runner.model(model or "") as vlm:
@@ -337,12 +346,16 @@ class Page:
 
     def stop(self, request: gr.Request) -> Updates:
         """End the question that is being answered."""
-        self.leave(request)
+        self.runner.stop(_tab(request))
         return {self.message: html.message("Stopped."), self.stop_button: gr.update(visible=False)}
 
     def leave(self, request: gr.Request) -> None:
         """The tab was closed."""
-        self.runner.stop(request.session_hash or "")
+        self.runner.forget(_tab(request))
+
+
+def _tab(request: gr.Request) -> str:
+    return request.session_hash or ""
 
 
 def _path(upload: Any) -> Any:

@@ -32,7 +32,8 @@ class Stopped(Exception):
 class Job:
     """One question on its way: what its reader is told, and whether there still is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamp: float):
+        self.stamp = stamp
         self.stop = threading.Event()
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.emit = self.events.put

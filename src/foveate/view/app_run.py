@@ -148,7 +148,8 @@ class Runner:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._vlm: VLM | None = None
-        self._stops: dict[str, threading.Event] = {}
+        self._jobs: dict[str, Job] = {}
+        self._registering = threading.Lock()
         self._full: dict[tuple[Any, ...], str] = {}
 
     @contextmanager
@@ -159,32 +160,41 @@ class Runner:
 
     def stop(self, owner: str) -> None:
         """End what `owner` asked for last, at the next token."""
-        if owner in self._stops:
-            self._stops.pop(owner).set()
+        if owner in self._jobs:
+            self._jobs[owner].stop.set()
 
-    def ask(self, question: Question, owner: str = "", patience: float = 0.0) -> Iterator[Progress]:
-        """Answer with and without reduction, then time both; a new question of the same owner ends the one before.
+    def forget(self, owner: str) -> None:
+        """`owner` has gone."""
+        self.stop(owner)
+        self._jobs.pop(owner, None)
+
+    def ask(
+        self, question: Question, owner: str = "", stamp: float = math.inf, patience: float = 0.0
+    ) -> Iterator[Progress]:
+        """Answer with and without reduction, then time both; a newer question of the same owner ends an older one.
 
         Args:
             owner: whose question it is (a browser tab).
-            patience: seconds to wait for a newer question of the same owner before anything is done.
+            stamp: when it was asked: questions may arrive in another order than they were asked in.
+            patience: seconds to wait for a newer question before anything is done.
 
         Raises:
             AskError, ModelError, BudgetError, OptionError, UnsupportedError: bad input, before or during the run.
         """
-        self.stop(owner)
-        job = Job()
-        self._stops[owner] = job.stop
+        job = Job(stamp)
+        with self._registering:
+            if owner in self._jobs and stamp < self._jobs[owner].stamp:
+                return
+            self.stop(owner)
+            self._jobs[owner] = job
         threading.Thread(target=self._work, args=(question, job, patience), daemon=True).start()
         try:
-            while (event := job.events.get()) is not None:
+            while (event := job.events.get()) is not None and not job.stop.is_set():
                 if isinstance(event, BaseException):
                     raise event
                 yield event
         finally:  # also when the reader has gone
             job.stop.set()
-            if self._stops.get(owner) is job.stop:
-                del self._stops[owner]
 
     def _work(self, question: Question, job: Job, patience: float) -> None:
         try:

@@ -87,6 +87,15 @@ def test_bars_are_the_intervals(many):
             assert (round(entry.cost(axis), 9), round(low, 9), round(high, 9)) in drawn
 
 
+def test_every_method_is_inside_the_picture_and_baselines_may_leave_at_the_bottom(many):
+    results, axis = read(many), AXES["flops"]
+    bottom, top = accuracy_figure(results, axis).axes[0].get_ylim()
+    methods = [entry.accuracy for series in series_of(results) if not series.baseline for entry in series.entries]
+    assert bottom < min(*methods, results.full.accuracy)
+    assert top > max(entry.accuracy for entry in results.entries)
+    assert any(entry.accuracy < bottom for entry in results.entries)
+
+
 def test_methods_of_a_panel_can_be_told_apart_and_are_named(many):
     results = read(many)
     facets = facets_of(results)
@@ -100,7 +109,7 @@ def test_methods_of_a_panel_can_be_told_apart_and_are_named(many):
         assert len(set(colours)) == len(colours)
     for (title, figure), facet in zip(facet_figures(results, AXES["tokens"], DARK), facets, strict=True):
         assert title == facet.title
-        names = [text.get_text() for text in figure.axes[0].texts]
+        names = [text.get_text().removesuffix(": below") for text in figure.axes[0].texts]
         if not facet.overview:
             assert {series.name for series in facet.series} <= set(names)
         figure.draw_without_rendering()

@@ -10,6 +10,7 @@ from ..engine.session import apply
 from ..evaluate.answer import VLM, answer
 from ..evaluate.contestants import FULL, Contestant, build_reducer
 from ..evaluate.data import Sample
+from ..evaluate.results import BASELINES
 from ..evaluate.runner import Record
 from .folder import AXES, Entry, Results
 from .patches import Panel, panels
@@ -72,7 +73,7 @@ def changes(results: Results) -> Iterator[Change]:
 
 
 def _by_interest(entries: Sequence[Entry]) -> list[Entry]:
-    """Entries on a front, and after them the others; methods and budgets alternate."""
+    """Entries on a front, after them the others, the baselines last; methods and budgets alternate."""
 
     def fronts(entry: Entry) -> int:
         return sum(entry.on_front(axis) for axis in AXES.values())
@@ -82,7 +83,8 @@ def _by_interest(entries: Sequence[Entry]) -> list[Entry]:
     for entry in sorted(entries, key=lambda entry: (-fronts(entry), -entry.accuracy)):
         seen[entry.name] = seen.get(entry.name, 0) + 1
         ordered.append((seen[entry.name], entry))
-    return [entry for _, entry in sorted(ordered, key=lambda pair: pair[0])]
+    ordered.sort(key=lambda pair: (pair[1].method in BASELINES, pair[0]))
+    return [entry for _, entry in ordered]
 
 
 def _of(results: Results, entry: Entry, contestant: Contestant) -> Iterator[Change]:

@@ -89,7 +89,7 @@ def headline(results: Results) -> list[str]:
         found.append(f"No setting could be shown to lose less than {100 * MARGIN:g} points with so many questions.")
     else:
         found.append(
-            f"The cheapest setting that loses less than {100 * MARGIN:g} points with 95 % confidence is "
+            f"The cheapest setting that loses less than {100 * MARGIN:g} points (95 % confidence, taken by itself) is "
             f"{cheapest.label}: {cheapest.accuracy:.1%} at {cheapest.cost(AXES['flops']):.0%} of the FLOPs, "
             f"vision tower included{_times_faster(cheapest)}."
         )

@@ -258,6 +258,6 @@ def panels(
             if values is not None:
                 there = trace.active(stage - 1)[row].cpu()
                 painted = paint_scores(pixels, canvas.cells, values[row].cpu(), there)
-                line.append(Panel("scores", "scores, by rank", painted, stage))
+                line.append(Panel("scores", f"scores {stage_name(stage)}, by rank", painted, stage))
         found.append(line)
     return found

@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
+from ..evaluate.results import BASELINES
 from ..evaluate.store import SweepError
 from .folder import AXES, Axis, Entry, Results, read
 from .kinds import kinds_figure, middle_budget
@@ -26,7 +27,10 @@ from .series import LIGHT, Facet, Series, Theme, facets_of, spread
 __all__ = ["accuracy_figure", "available", "facet_figures", "write_plots"]
 
 _FONT = 9.0
-_LABEL_SHARE = 0.27  # of the width of a facet, kept free on the left for names
+_LETTER = 0.56 * _FONT  # width in points, about
+
+Limits = tuple[float, float, float, float]
+"""Left, right, bottom, top of a facet, in units of the data."""
 
 
 def available(results: Results) -> list[Axis]:
@@ -87,9 +91,10 @@ def _caption(results: Results) -> str:
 
 # ------------------------------------------------------------------------------------------------------- one facet
 def _draw(places: Sequence[Any], facets: Sequence[Facet], results: Results, axis: Axis, theme: Theme) -> None:
-    limits = _limits(results, axis)
+    share = _share(places[0], facets, axis)
+    limits = _limits(results, axis, share)
     for place, facet in zip(places, facets, strict=False):
-        _axes(place, facet.title, axis, limits, theme)
+        _axes(place, facet.title, axis, limits, share, theme)
         _front(place, results, axis, theme)
         _full(place, results, axis, theme)
         if facet.overview:
@@ -100,8 +105,16 @@ def _draw(places: Sequence[Any], facets: Sequence[Facet], results: Results, axis
             _names(place, facet, axis, theme)
 
 
-def _limits(results: Results, axis: Axis) -> tuple[float, float, float, float]:
-    """Left, right, bottom, top. Names of methods stand on the left."""
+def _share(place: Any, facets: Sequence[Facet], axis: Axis) -> float:
+    """Of the width of a facet, what is kept free on the left for the longest name."""
+    names = [s.name if not f.overview else e.label for f in facets for s in f.series for e in s.points(axis)
+             if not f.overview or e.on_front(axis)]  # fmt: skip
+    width = 72 * place.get_position().width * place.figure.get_figwidth()
+    return min(0.45, (max(map(len, names), default=0) * _LETTER + 16) / width)
+
+
+def _limits(results: Results, axis: Axis, share: float) -> Limits:
+    """Left, right, bottom, top. Names stand on the left; baselines may fall below the bottom, no method does."""
     points = [entry for entry in results.entries if entry.cost(axis) is not None]
     costs = [cost for entry in points if (cost := entry.cost(axis)) is not None]
     full = results.full_cost(axis)
@@ -110,20 +123,24 @@ def _limits(results: Results, axis: Axis) -> tuple[float, float, float, float]:
     low, high = min([*costs, full]), max([*costs, full])
     if axis.log and low > 0:
         low, high = math.log(low), math.log(high)
-    width = (high - low) / (0.95 - _LABEL_SHARE) or 1.0
-    left, right = low - _LABEL_SHARE * width, high + 0.05 * width
+    width = (high - low) / (0.95 - share) or 1.0
+    left, right = low - share * width, high + 0.05 * width
     if axis.log and left < right:
         left, right = math.exp(left), math.exp(right)
-    ends = [end for entry in [*points, results.full] for end in entry.interval]
-    pad = 0.04 * (max(ends) - min(ends)) or 0.02
-    return left, right, min(ends) - pad, max(ends) + pad
+    methods = [entry for entry in points if entry.method not in BASELINES] or points
+    bottom = min(entry.accuracy for entry in [*methods, results.full])
+    top = max(entry.interval[1] for entry in [*points, results.full])
+    pad = 0.1 * (top - bottom) or 0.02
+    return left, right, bottom - pad, top + 0.4 * pad
 
 
-def _axes(place: Any, title: str, axis: Axis, limits: tuple[float, float, float, float], theme: Theme) -> None:
+def _axes(
+    place: Any, title: str, axis: Axis, limits: tuple[float, float, float, float], share: float, theme: Theme
+) -> None:
     left, right, bottom, top = limits
     if axis.log and left > 0:
         place.set_xscale("log")
-        lowest = math.log(left) + _LABEL_SHARE * math.log(right / left) * 0.98
+        lowest = math.log(left) + share * math.log(right / left) * 0.98
         steps = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 3, 5)]
         place.xaxis.set_major_locator(FixedLocator([step for step in steps if math.exp(lowest) <= step <= right]))
         place.xaxis.set_minor_locator(NullLocator())
@@ -133,7 +150,7 @@ def _axes(place: Any, title: str, axis: Axis, limits: tuple[float, float, float,
     place.set_xlim(left, right)
     place.set_ylim(bottom, top)
     if not axis.log:
-        start = left + _LABEL_SHARE * (right - left) * 0.95
+        start = left + share * (right - left) * 0.95
         place.set_xticks([tick for tick in place.get_xticks() if start <= tick <= right])
         place.set_xlim(left, right)
     place.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -209,10 +226,18 @@ def _quartiles(entry: Entry, results: Results) -> tuple[float, float]:
 
 def _names(place: Any, facet: Facet, axis: Axis, theme: Theme) -> None:
     """Names in a column on the left, at the height of each line's cheapest point, never on top of each other."""
-    named = [(series, points[0]) for series in facet.series if (points := series.points(axis))]
-    heights = spread(_heights(place, [entry for _, entry in named]), _line(place), 0.03, 0.96)
-    for (series, entry), height in zip(named, heights, strict=True):
-        _name(place, series.name, series, entry, axis, height, theme)
+    bottom, named = place.get_ylim()[0], []
+    for series in facet.series:
+        if points := series.points(axis):
+            named.append((series, next((entry for entry in points if entry.accuracy >= bottom), None)))
+    wanted = [0.0 if entry is None else _height(place, entry) for _, entry in named]
+    for (series, entry), height in zip(named, spread(wanted, _line(place), 0.03, 0.96), strict=True):
+        if entry is None:
+            colour = series.colour or theme.baseline
+            place.text(0.012, height, f"{series.name}: below", transform=place.transAxes, fontsize=_FONT, color=colour,
+                       va="center", style="italic")  # fmt: skip
+        else:
+            _name(place, series.name, series, entry, axis, height, theme)
 
 
 def _name(place: Any, text: str, series: Series, entry: Entry, axis: Axis, height: float, theme: Theme) -> None:
@@ -235,8 +260,9 @@ def _overview(place: Any, facet: Facet, axis: Axis, theme: Theme) -> None:
         [e.cost(axis) for e in rest], [e.accuracy for e in rest], ".", color=theme.baseline, markersize=4.5, alpha=0.65,
         zorder=2, gid="others",
     )  # fmt: skip
-    front = [(series, entry) for series, entry in entries if entry.on_front(axis)]
-    wanted = [height + 0.02 for height in _heights(place, [entry for _, entry in front])]
+    bottom = place.get_ylim()[0]
+    front = [(series, entry) for series, entry in entries if entry.on_front(axis) and entry.accuracy >= bottom]
+    wanted = [_height(place, entry) + 0.02 for _, entry in front]
     heights = spread(wanted, _line(place), 0.03, 0.96)
     for (series, entry), height in zip(front, heights, strict=True):
         colour = series.colour or theme.baseline
@@ -252,10 +278,10 @@ def _line(place: Any) -> float:
     return 1.3 * _FONT / 72 / (place.get_position().height * place.figure.get_figheight())
 
 
-def _heights(place: Any, entries: Sequence[Entry]) -> list[float]:
-    """Accuracies as fractions of the height of the axes."""
+def _height(place: Any, entry: Entry) -> float:
+    """Accuracy as a fraction of the height of the axes."""
     bottom, top = place.get_ylim()
-    return [(entry.accuracy - bottom) / (top - bottom) for entry in entries]
+    return (entry.accuracy - bottom) / (top - bottom)
 
 
 # -------------------------------------------------------------------------------------------------------- the files

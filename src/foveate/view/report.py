@@ -64,10 +64,9 @@ def write_report(folder: str | Path, vlm: VLM | None, path: str | Path, examples
 
 def _head(results: Results, title: str) -> str:
     when = f"{(results.ended or results.started):%Y-%m-%d %H:%M} UTC"
-    methods = len({c.method for c in results.plan.contestants[1:]})
-    line = (
-        f"{methods} methods, {len(results.plan.contestants) - 1} settings, {len(results.samples):,} questions; {when}"
-    )
+    rivals = results.plan.contestants[1:]
+    methods, settings = len({each.method for each in rivals}), len({each.row for each in rivals})
+    line = f"{methods} methods, {settings} settings, {len(results.samples):,} questions; {when}"
     return f"<header><h1>{escape(title)}</h1>{paragraph(line, 'soft')}</header>"
 
 
@@ -152,20 +151,23 @@ def _plots(results: Results) -> str:
     about = (
         "The same answers against three costs, which rank the methods differently. Bars: 95 % intervals, and for "
         "milliseconds the quartiles of the runs. Rings: on the Pareto front, the broad grey steps. Grey lines: "
-        "baselines. Dashed: the full model, with its interval."
+        "baselines, which may leave a panel at its bottom. Dashed: the full model, with its interval."
     )
-    parts = [paragraph(about, "soft")]
+    groups = []
     for axis in available(results):
-        parts.append(f"<h3>Accuracy against {escape(axis.title)}</h3>")
         light, dark = (facet_figures(results, axis, theme) for theme in (LIGHT, DARK))
         pictures = []
         for (title, bright), (_, dim) in zip(light, dark, strict=True):
             alt = f"Accuracy against {axis.title}: {title}. The numbers are in the table of all settings."
-            pictures.append(
-                image(figure_uri(bright, f"{axis.name}-{title}"), alt, figure_uri(dim, f"{axis.name}-{title}"))
-            )
-        parts.append(f'<div class="plots">{"".join(pictures)}</div>')
-    return _section("plots", "Accuracy against cost", *parts)
+            name = f"{axis.name}-{title}"
+            pictures.append(image(figure_uri(bright, name), alt, figure_uri(dim, name)))
+        groups.append((f"<h3>Accuracy against {escape(axis.title)}</h3>", pictures))
+    if all(len(pictures) == 1 for _, pictures in groups):
+        cells = "".join(f"<div>{head}{pictures[0]}</div>" for head, pictures in groups)
+        parts = [f'<div class="plots three">{cells}</div>']
+    else:
+        parts = [f'{head}<div class="plots">{"".join(pictures)}</div>' for head, pictures in groups]
+    return _section("plots", "Accuracy against cost", paragraph(about, "soft"), *parts)
 
 
 # ------------------------------------------------------------------------------------------------------ the examples

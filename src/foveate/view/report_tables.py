@@ -30,8 +30,9 @@ ABOUT_ROWS = (
     "Below each accuracy its 95 % interval (bootstrap; questions about one image are drawn together). p: paired "
     "permutation test, not corrected for the number of rows; vs random: against the Random row of the most similar "
     "token count. KL: of the first answer token, in nats. Tokens: visual ones that enter a decoder layer, and below "
-    "that are left after it, layer mean. FLOPs of the prefill and KV cache: of the full model's. Front: nothing in the "
-    "sweep is as cheap (in tokens, FLOPs or ms) and more accurate."
+    "that are left after it, layer mean. FLOPs of the prefill (with the vision tower, and below without) and bytes of "
+    "the KV cache: of the full model's. Front: nothing in the sweep is as cheap (in tokens, FLOPs or ms) and more "
+    "accurate."
 )
 ABOUT_VERSUS = (
     "Difference in percentage points to the baseline at the same total FLOPs (vision tower included); between two of "
@@ -44,6 +45,7 @@ ABOUT_KINDS = (
     "corrected; with so many cells some are bold by chance."
 )
 _SURE = 0.05
+_LISTED = 6
 _SIGNS = {"better": "\N{BLACK UP-POINTING TRIANGLE}", "worse": "\N{BLACK DOWN-POINTING TRIANGLE}"}
 
 
@@ -65,7 +67,7 @@ def _keep(entry: Entry) -> Cell:
 
 
 def _share(value: float, interval: Any) -> Cell:
-    small = f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
+    small = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
     return Cell(f"{value:.1%}", value, small)
 
 
@@ -143,7 +145,9 @@ def best(results: Results) -> str:
     found = []
     for each in best_per_budget(results):
         entry = each.entry
-        others = ", ".join(other.name for other in each.ties) or "none"
+        others = ", ".join(other.name for other in each.ties[:_LISTED]) or "none"
+        if len(each.ties) > _LISTED:
+            others += f" and {len(each.ties) - _LISTED} more"
         found.append([
             Cell("-" if each.keep is None else f"{each.keep:g}", _budget(each.keep)),
             Cell(entry.name, css="left"),
@@ -183,7 +187,7 @@ def rows(results: Results) -> str:
         ])  # fmt: skip
     heads: list[Head] = [
         "method", "keep", "accuracy", ("relative", "of full"), ("p", "vs full"), ("p", "vs random"), "same answer",
-        "KL", ("tokens entering", "and after"), ("FLOPs with tower", "decoder only"), "KV cache",
+        "KL", ("tokens", "entering, after"), ("FLOPs", "all, decoder"), "KV",
         ("prefill ms", "of full"), ("front", "against"),
     ]  # fmt: skip
     return table(heads, found, "All settings")

@@ -117,7 +117,7 @@ def _merged(families: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
     rest = {kind: sorted(names) for kind, names in sorted(families.items()) if kind != "baseline"}
     if sum(map(len, rest.values())) <= _TOGETHER:
         names = sorted(name for names in rest.values() for name in names)
-        return [("accuracy", names)] if names else []
+        return [("all methods", names)] if names else []
     found: list[tuple[str, list[str]]] = []
     for kind, names in sorted(rest.items(), key=lambda item: -len(item[1])):
         if found and len(found[-1][1]) + len(names) <= _TOGETHER - 1:

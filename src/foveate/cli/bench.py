@@ -17,7 +17,6 @@ import foveate
 from .shell import (
     CommandError,
     JsonOption,
-    MethodOption,
     OptionsOption,
     method_and_options,
     progress,
@@ -43,7 +42,9 @@ def bench(
         typer.Option("--geometry", "-g", metavar="PRESET", help="Instead of MODEL: random weights of a real size."),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of --geometry; all by default.")] = None,
-    method: MethodOption = "sparsevlm",
+    method: Annotated[
+        str, typer.Option("--method", "-m", metavar="M[,...]", help="Names from `foveate methods`.")
+    ] = "sparsevlm",
     keep: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +62,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 16,
     repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, help="Counted rounds.")] = 5,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     counted_flops: Annotated[
         bool, typer.Option("--counted-flops", help="Also let torch count the FLOPs (eager attention).")

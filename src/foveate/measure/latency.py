@@ -23,7 +23,7 @@ from ..engine.anatomy import Anatomy, resolve
 from ..engine.session import apply
 from ..engine.stopwatch import watched
 from ..engine.trace import Trace
-from ..reduction import Reducer
+from ..reduction import Reducer, UnsupportedError
 
 __all__ = ["Run", "Timing", "timed"]
 
@@ -157,10 +157,13 @@ def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_to
         new_tokens: tokens of the answer, at least 1.
 
     Raises:
-        UnsupportedError: whatever `apply` raises.
+        UnsupportedError: whatever `apply` raises; another device than a CPU or CUDA.
     """
     anatomy = resolve(model)
-    watch = _Watch(next(anatomy.model.parameters()).device)
+    device = next(anatomy.model.parameters()).device
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {device}: only a CPU and CUDA can be timed")
+    watch = _Watch(device)
     marks = _Marks(anatomy, watch)
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "use_cache": True}
     if getattr(model.generation_config, "pad_token_id", None) is None:

@@ -102,10 +102,9 @@ def sweep(
     plan = Plan(
         model=model, data=names, samples=samples, seed=seed, metric=metric, max_new_tokens=max_new_tokens,
         batch_size=batch_size, contestants=[FULL, *accepted], refused=refused, metrics=asked.metrics, dtype=dtype,
-        device=device, weights=sweeping.fingerprint(vlm.model), command=shlex.join(["foveate", *sys.argv[1:]]),
+        device=device, weights=sweeping.fingerprint(vlm.model), machine=sweeping.machine(),
+        command=shlex.join(["foveate", *sys.argv[1:]]),
     )  # fmt: skip
-    sweeping.share_threads(workers)
-    plan.machine = sweeping.machine()
     try:
         with progress("answers, then times") as advance:
             result = sweeping.sweep(

@@ -23,7 +23,8 @@ from .score import matches, normalise
 __all__ = ["AUTO", "METRICS", "Metric", "choose", "yes_no_report"]
 
 AUTO = "auto"
-_ANNOTATORS = 3  # people that must agree with an answer for it to count in full
+_AGREEING = 3  # people that must agree with an answer for it to count in full
+_ASKED = 10  # people in VQA's own data; shorter lists are spellings of one answer as a rule
 
 
 class Metric(NamedTuple):
@@ -80,7 +81,7 @@ def vqa(predicted: str, sample: Sample) -> float:
     said, people = counts[vqa_normalise(predicted)], counts.total()
     if people == 1:
         return float(said)
-    without_one = said * min(1.0, (said - 1) / _ANNOTATORS) + (people - said) * min(1.0, said / _ANNOTATORS)
+    without_one = said * min(1.0, (said - 1) / _AGREEING) + (people - said) * min(1.0, said / _AGREEING)
     return without_one / people
 
 
@@ -205,8 +206,8 @@ METRICS: dict[str, Metric] = {
 def choose(metric: str, samples: Sequence[Sample], name: str = "data") -> str:
     """The metric of a data set: `metric` itself, or what its columns call for.
 
-    "auto" means: `choice` with options, `vqa` with the answers of at least three people, `yes-no` where every answer is
-    yes or no, else `exact`.
+    "auto" means: `choice` with options, `vqa` with the answers of at least ten people, `yes-no` where every answer is
+    yes or no, else `exact` (any of the answers).
 
     Raises:
         DataError: no such metric, or one that the data have no columns for.
@@ -221,7 +222,7 @@ def choose(metric: str, samples: Sequence[Sample], name: str = "data") -> str:
         return metric
     if all(map(choices_of, samples)):
         return "choice"
-    if all(len(references(sample)) >= _ANNOTATORS for sample in samples):
+    if all(len(references(sample)) >= _ASKED for sample in samples):
         return "vqa"
     if all(normalise(sample.answer) in ("yes", "no") for sample in samples):
         return "yes-no"

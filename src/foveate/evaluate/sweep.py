@@ -30,7 +30,7 @@ from .metrics import choose
 from .runner import Record, Runner
 from .store import Folder, Plan, SweepError
 
-__all__ = ["Questions", "fingerprint", "machine", "questions", "run_shard", "share_threads", "sweep"]
+__all__ = ["Questions", "fingerprint", "machine", "questions", "run_shard", "shared_threads", "sweep"]
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -84,10 +84,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def share_threads(workers: int) -> None:
-    """Share the threads of torch out among `workers` processes."""
+@contextlib.contextmanager
+def shared_threads(workers: int) -> Iterator[None]:
+    """Share the threads of torch out among `workers` processes, as long as they work."""
+    before = torch.get_num_threads()
     if workers > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        torch.set_num_threads(max(1, before // workers))
+    try:
+        yield
+    finally:
+        if workers > 1:
+            torch.set_num_threads(before)
 
 
 def runner_of(plan: Plan, vlm: VLM, asked: Questions, share_vision: bool = True) -> Runner:
@@ -121,9 +128,8 @@ def sweep(
     """
     with folder.locked():
         folder.begin(plan, asked.samples, asked.data)
-        share_threads(workers)
         runner = runner_of(plan, vlm, asked, share_vision)
-        with _helpers(folder, workers, share_vision) as watch:
+        with shared_threads(workers), _helpers(folder, workers, share_vision) as watch:
             run_shard(folder, runner, 0, workers, lambda done, total: watch(done, total, progress))
             watch.wait(progress)
         records = _in_order(runner, folder)

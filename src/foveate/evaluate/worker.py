@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .answer import load
 from .store import Folder
-from .sweep import questions, run_shard, runner_of, share_threads
+from .sweep import questions, run_shard, runner_of, shared_threads
 
 __all__ = ["main"]
 
@@ -26,14 +26,14 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    share_threads(arguments.workers)
     folder = Folder(arguments.folder)
     plan = folder.plan()
     vlm = load(plan.model, plan.dtype, plan.device)  # type: ignore[arg-type]
     runner = runner_of(
         plan, vlm, questions(plan.data, plan.samples, plan.seed, plan.metric), not arguments.no_share_vision
     )
-    run_shard(folder, runner, arguments.number, arguments.workers)
+    with shared_threads(arguments.workers):
+        run_shard(folder, runner, arguments.number, arguments.workers)
 
 
 def _end_with_parent() -> None:

@@ -1,10 +1,11 @@
 """Small trained models that ship inside the package, and the data they were trained on.
 
 * `names()`, `path(name)`: which models there are and where they lie; `foveate` commands accept them as ``zoo:NAME``.
-  "tiny-llava" answers; "tiny-clip" is its companion for methods that compare patches with the question (`clip=`).
+  "tiny-llava" answers; "tiny-clip" is its companion for methods that compare patches with the question (`clip=`);
+  "tiny-vilt" answers in an encoder, "tiny-vilt-pumer" is its student with fewer tokens.
 * `foveate.zoo.scenes`: the seeded scene renderer and question generator.
 * `foveate.zoo.easyvqa`: easy-VQA, from its PyPI package.
-* ``python -m foveate.zoo.train``, ``python -m foveate.zoo.train.companion``: the commands that trained them.
+* ``python -m foveate.zoo.train``, ``foveate.zoo.train.companion``, ``foveate.zoo.train.vilt``: what trained them.
 
 Importing this module imports neither torch nor transformers.
 """
@@ -13,7 +14,11 @@ from pathlib import Path
 
 __all__ = ["names", "path"]
 
-_FOLDERS = {"tiny-llava": "tiny_llava", "tiny-clip": "tiny_clip"}
+_FOLDERS = {
+    "tiny-llava": "tiny_llava",
+    "tiny-clip": "tiny_clip",
+    "tiny-vilt": "tiny_vilt",
+}
 
 
 def names() -> tuple[str, ...]:

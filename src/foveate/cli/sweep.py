@@ -97,7 +97,7 @@ def sweep(
         raise CommandError(f"data {data!r}: name each data set once, separated by commas")
     asked = sweeping.questions(names, samples, seed, metric)
     vlm = answering.load(model, dtype, device)  # type: ignore[arg-type]
-    with progress("trying the methods") as advance:
+    with answering.quiet(always=True), progress("trying the methods") as advance:  # companions are loaded
         accepted, refused = _tried(everyone, named, vlm, asked.samples[0], advance)
     plan = Plan(
         model=model, data=names, samples=samples, seed=seed, metric=metric, max_new_tokens=max_new_tokens,
@@ -106,7 +106,7 @@ def sweep(
         command=shlex.join(["foveate", *sys.argv[1:]]),
     )  # fmt: skip
     try:
-        with progress("answers, then times") as advance:
+        with answering.quiet(always=True), progress("answers, then times") as advance:
             result = sweeping.sweep(
                 Folder(out), plan, vlm, asked, workers=workers, timing_batches=2 if repeats else 0,
                 timing_repeats=repeats, share_vision=share_vision, progress=advance, timing_progress=advance,
@@ -187,7 +187,8 @@ def _show(result: dict[str, Any]) -> None:
         say(f"{result['model']}, {result['samples']} questions from {' and '.join(result['data'])}")
     table(headers, rows)
     say()
-    say("FLOPs: whole prefill, tower included, against the full model. Tokens: visual ones, mean over the layers.")
+    say("FLOPs: whole prefill on paper, vision tower included (what deciding costs is not), against the full model.")
+    say("Tokens: visual ones, mean over the layers: those that enter a layer, and those left after it.")
     say("p: paired tests, questions of one image together; p Random against Random with the nearest tokens entering.")
     for baseline, verdict in result["verdicts"].items():
         say(

@@ -17,7 +17,7 @@ from torch import nn
 
 from .data import Sample
 
-__all__ = ["VLM", "Answers", "Batch", "ModelError", "answer", "batches", "groups", "load", "prefill_seconds"]
+__all__ = ["VLM", "Answers", "Batch", "ModelError", "answer", "batches", "groups", "load", "prefill_seconds", "quiet"]
 
 ZOO = "zoo:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -110,7 +110,7 @@ def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: s
     source = _locate(name)
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype}: known are {', '.join(_DTYPES)}")
-    with _quiet():
+    with quiet():
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
         try:
@@ -164,12 +164,12 @@ def _locate(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bars where nobody watches them."""
+def quiet(always: bool = False) -> Iterator[None]:
+    """No loading bars of transformers where nobody watches them; `always`: nor anywhere else."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
+    if always or not sys.stderr.isatty():
         logging.disable_progress_bar()
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -177,6 +177,9 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+_quiet = quiet  # as foveate.train knows it
 
 
 def groups(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[list[int]]:

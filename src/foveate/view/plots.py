@@ -175,6 +175,7 @@ def _full(place: Any, results: Results, axis: Axis, theme: Theme) -> None:
     place.annotate(
         f"full model {full.accuracy:.1%}", (0.99, full.accuracy), xycoords=("axes fraction", "data"), xytext=(0, 7),
         textcoords="offset points", fontsize=_FONT - 0.5, color=theme.ink, va="bottom", ha="right",
+        zorder=6, bbox={"facecolor": theme.paper, "alpha": 0.75, "linewidth": 0, "pad": 0.6},
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from ..engine.session import apply
 from ..engine.trace import Trace
 from ..reduction import BEFORE_LAYERS, Reducer, UnsupportedError
 from ._patching import evaluating, replaced
+from .cost import bill
 from .divergence import next_token_divergence
 
 __all__ = ["Outcome", "Reference", "skippable_layers"]
@@ -67,6 +68,7 @@ class Reference:
     Attributes:
         tokens: (B, T) long, the greedy answers; -1 behind the end of one.
         margins: (B,) float32, `Outcome.gaps` of the full model itself: at least 0.
+        bill: of the full model's prefill.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, max_new_tokens: int = 16, prefix: int = 0):
@@ -89,6 +91,7 @@ class Reference:
         self._cache = self._prompt_cache(output.past_key_values)
         self._layers = self._layers[: len(self._cache)]
         self.margins = _gaps(self._scores, self.tokens)
+        self.bill = bill(self.anatomy.model, self._unreduced(), self.inputs)
 
     def measure(self, reducer: Reducer, share: bool = True) -> Outcome:
         """Lead the reduced model along the full model's answers.
@@ -128,6 +131,14 @@ class Reference:
             yield self.anatomy.layers[i].register_forward_hook(
                 lambda *call, i=i: self._layers.append(call[-1]) if len(self._layers) == i else None
             )
+
+    def _unreduced(self) -> Trace:
+        """Trace of a prefill from which nothing is removed. Raises `UnsupportedError` without a visual token."""
+        visual = self.anatomy.find_placeholders(self.inputs["input_ids"], None)
+        if visual is None or not bool(visual.any()):
+            raise UnsupportedError("the prompt holds no visual token, so there is nothing to reduce")
+        mask = self.inputs.get("attention_mask")
+        return Trace(self.anatomy.depth, visual, torch.ones_like(visual) if mask is None else mask.bool())
 
     def _generate(self, reader: _Scores) -> Any:
         with torch.inference_mode(), evaluating(self.anatomy.model):

@@ -1,0 +1,246 @@
+"""The search of `foveate tune`: questions in, table and recipe out."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import foveate
+
+from .shell import CommandError, plain, progress, say, table
+
+__all__ = ["Request", "run"]
+
+_SHOWN = 25
+_STATES = {"passed": "<- chosen", "racing": "as good, costs more"}
+
+
+@dataclass
+class Request:
+    """What the command line asks for, see `foveate tune --help`."""
+
+    model: str
+    data: list[str]
+    methods: list[str] | None
+    max_changed: float | None
+    max_divergence: float | None
+    confidence: float
+    samples: int
+    out: Path | None
+    check_data: list[str]
+    check_samples: int
+    batch_size: int
+    max_new_tokens: int
+    seed: int
+    dtype: str
+    device: str
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Search, show, write the recipe; returns what `--json` writes."""
+    from ..evaluate import answer as answering
+    from ..evaluate.sweep import fingerprint
+    from ..tune import Bounds, Journal, families, rung_sizes, search
+
+    bounds = Bounds(request.max_changed, request.max_divergence, request.confidence)
+    questions = _questions(request.data, request.samples, request.seed)
+    depth_free = families(2, request.methods)  # an unknown method is refused before the model is loaded
+    assert depth_free
+    vlm = answering.load(request.model, request.dtype, request.device)  # type: ignore[arg-type]
+    depth = vlm.model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[operator, union-attr]
+    grid = families(depth, request.methods)
+    rungs, start = [], 0
+    for size in rung_sizes(len(questions)):
+        rungs.append(list(_batches(vlm, questions, range(start, start + size), request.batch_size)))
+        start += size
+    journal = Journal(
+        None if request.out is None else request.out.with_name(request.out.name + ".journal"),
+        {
+            "weights": fingerprint(vlm.model), "model": request.model, "data": request.data, "seed": request.seed,
+            "samples": len(questions), "batch_size": request.batch_size, "max_new_tokens": request.max_new_tokens,
+            "dtype": request.dtype, "foveate": foveate.__version__,
+        },
+    )  # fmt: skip
+    if len(journal):
+        say(f"Going on with {journal.path}: {len(journal)} batches are measured already.")
+    began = time.perf_counter()
+    with progress("questions") as advance:
+        result = search(vlm.model, rungs, grid, bounds, request.max_new_tokens, journal, advance)
+    chosen = result.chosen
+    _show(result, bounds)
+    report: dict[str, Any] = {
+        "model": request.model,
+        "data": request.data,
+        "samples": len(questions),
+        "bounds": {
+            "max_changed": bounds.max_changed, "max_divergence": bounds.max_divergence, "confidence": bounds.confidence
+        },
+        "chosen": None if chosen is None else _row(chosen),
+        "candidates": [_row(standing) for standing in result.standings],
+        "evaluations": result.evaluations,
+        "evaluations_exhaustive": len(result.standings) * len(questions),
+        "search_prefills": result.prefills,
+        "search_prefills_exhaustive": result.prefills_exhaustive,
+        "search_seconds": result.seconds,
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+    if request.check_data:
+        report["check"] = _check(request, vlm, questions, chosen)
+    if request.out is not None:
+        _write(request, bounds, report, chosen)
+        journal.remove()
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------- questions
+def _questions(data: Sequence[str], count: int, seed: int) -> list[Any]:
+    """`count` questions in random order, as many of each data set."""
+    from ..evaluate import data as datasets
+
+    if count < 1:
+        raise CommandError(f"samples={count}: at least 1 is needed")
+    shares = [count // len(data) + (i < count % len(data)) for i in range(len(data))]
+    drawn = [sample for name, share in zip(data, shares) if share for sample in datasets.load(name, share, seed)]
+    random.Random(seed).shuffle(drawn)
+    return drawn
+
+
+def _batches(
+    vlm: Any, samples: Sequence[Any], numbers: Sequence[int], size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    for start in range(0, len(numbers), size):
+        chosen = list(numbers[start : start + size])
+        yield chosen, vlm.inputs([samples[i] for i in chosen])
+
+
+def _picture(sample: Any) -> bytes:
+    return sample.image.tobytes()
+
+
+def _check(request: Request, vlm: Any, asked: Sequence[Any], chosen: Any) -> dict[str, Any]:
+    """Count what the choice changes on questions about images the search has not seen."""
+    from ..tune import Reference, binomial_interval
+
+    seen = {_picture(sample) for sample in asked}
+    wanted = request.check_samples
+    pool = _questions(request.check_data, wanted + 8 * len(asked), request.seed + 1)
+    fresh = [sample for sample in pool if _picture(sample) not in seen][:wanted]
+    if not fresh:
+        raise CommandError(f"check-data {','.join(request.check_data)}: only questions about images of the search")
+    if chosen is None:
+        say("Nothing to check: the full model stays as it is.")
+        return {"data": request.check_data, "samples": len(fresh), "changed": 0, "share": 0.0}
+    changed, kl = 0, 0.0
+    with progress("check") as advance:
+        for done, inputs in _batches(vlm, fresh, range(len(fresh)), 2 * request.batch_size):
+            outcome = Reference(vlm.model, inputs, request.max_new_tokens).measure(chosen.candidate.build())
+            changed += int((outcome.gaps < 0).sum())
+            kl += float(outcome.kl.sum())
+            advance(done[-1] + 1, len(fresh))
+    low, high = binomial_interval(changed, len(fresh))
+    say(
+        f"Check: {changed} of {len(fresh)} other questions about other images answered differently, "
+        f"{changed / len(fresh):.2%} (95 %: {low:.2%} to {high:.2%}); mean KL {kl / len(fresh):.5f} nats."
+    )
+    return {
+        "data": request.check_data, "samples": len(fresh), "changed": changed, "share": changed / len(fresh),
+        "interval": [low, high], "kl": kl / len(fresh),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+def _row(standing: Any) -> dict[str, Any]:
+    guess = standing.estimate
+    return {
+        "method": standing.candidate.method,
+        "options": standing.candidate.options,
+        "state": standing.state,
+        "reason": standing.reason,
+        "samples": len(standing.gaps),
+        "flops_ratio": standing.cost if standing.gaps else None,
+        "visual_tokens_entering": standing.visual_tokens if standing.gaps else None,
+        "changed_seen": standing.changed,
+        "changed": guess and guess.changed,
+        "changed_upper": guess and guess.changed_upper,
+        "kl": standing.mean_kl if standing.gaps else None,
+        "kl_upper": guess and guess.kl_upper,
+    }
+
+
+def _show(result: Any, bounds: Any) -> None:
+    tried = [standing for standing in result.standings if standing.gaps and standing.estimate]
+    tried.sort(key=lambda each: (-len(each.gaps), each.cost))
+    shown = tried[:_SHOWN] if plain() is False else tried
+    rows = [
+        [
+            standing.candidate.key,
+            f"{standing.cost:.0%}",
+            str(len(standing.gaps)),
+            str(standing.changed),
+            f"{standing.estimate.changed:.2%}",
+            f"{standing.estimate.changed_upper:.2%}",
+            f"{standing.mean_kl:.5f}",
+            _STATES.get(standing.state, standing.state),
+        ]
+        for standing in shown
+    ]
+    headers = ["candidate", "FLOPs", "questions", "changed", "estimate", "at most", "mean KL", ""]
+    table(headers, rows)
+    counts: dict[str, int] = {}
+    for standing in result.standings:
+        counts[standing.state] = counts.get(standing.state, 0) + 1
+    say(f"{len(result.standings)} candidates: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
+    refused = {s.candidate.method: s.reason for s in result.standings if s.state == "refused"}
+    for method, reason in refused.items():
+        say(f"{method}: {reason}")
+    limit = [f"{bounds.max_changed:.2%} changed answers"] if bounds.max_changed is not None else []
+    limit += [f"a mean KL of {bounds.max_divergence:g} nats"] if bounds.max_divergence is not None else []
+    within = " and ".join(limit)
+    chosen = result.chosen
+    if chosen is None:
+        say(f"Nothing; full model: no candidate is surely within {within} on these {result.samples} questions.")
+    else:
+        say(
+            f"Chosen: {chosen.candidate.key}, within {within} at {bounds.confidence:.0%} confidence. It saves "
+            f"{1 - chosen.cost:.0%} of the prefill FLOPs, vision tower included; {chosen.visual_tokens:.1f} visual "
+            "tokens enter a layer on average."
+        )
+    say(
+        f"The search cost {result.prefills:.0f} full prefills and {result.seconds:.0f} s; every candidate on every "
+        f"question would cost about {result.prefills_exhaustive:.0f} "
+        f"({result.prefills_exhaustive / max(result.prefills, 1e-9):.1f} times as many)."
+    )
+
+
+def _write(request: Request, bounds: Any, report: dict[str, Any], chosen: Any) -> None:
+    from .. import recipe
+
+    measured: dict[str, Any] = {"questions": report["samples"]}
+    if chosen is not None:
+        guess = chosen.estimate
+        measured |= {
+            "flops_ratio": round(chosen.cost, 4),
+            "visual_tokens_entering": round(chosen.visual_tokens, 1),
+            "changed_answers": round(guess.changed, 5),
+            "changed_answers_at_most": round(guess.changed_upper, 5),
+            "mean_kl": round(chosen.mean_kl, 6),
+        }
+    if "check" in report:
+        check = report["check"]
+        measured["check"] = {"data": check["data"], "questions": check["samples"], "changed": check["changed"]}
+    limits = {"max_changed": bounds.max_changed, "max_divergence": bounds.max_divergence}
+    recipe.save(
+        request.out,  # type: ignore[arg-type]
+        recipe.FullModel() if chosen is None else chosen.candidate.build(),
+        model=request.model,
+        data=request.data,
+        bound={
+            **{name: value for name, value in limits.items() if value is not None}, "confidence": bounds.confidence
+        },
+        measured=measured,
+    )  # fmt: skip
+    say(f"Recipe: {request.out}")

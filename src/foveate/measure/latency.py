@@ -165,10 +165,12 @@ def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_to
         raise UnsupportedError(f"device {device}: only a CPU and CUDA can be timed")
     watch = _Watch(device)
     marks = _Marks(anatomy, watch)
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "use_cache": True}
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "num_beams": 1}
+    options |= {"do_sample": False, "use_cache": True}
     if getattr(model.generation_config, "pad_token_id", None) is None:
         options["pad_token_id"] = 0
     with apply(model, reducer) if reducer is not None else nullcontext() as session, marks.installed():
+        collecting = gc.isenabled()
         gc.disable()
         try:
             _wait(watch)
@@ -178,7 +180,8 @@ def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_to
             end, end_cpu = watch.now(), time.process_time()
             _wait(watch)
         finally:
-            gc.enable()
+            if collecting:
+                gc.enable()
         trace = session.trace if session is not None else None
     prefill, total = watch.between(start, marks.first), watch.between(start, end)
     vision, reduce = watch.spent("vision", marks.spans), watch.spent("reduce", marks.spans)

@@ -16,12 +16,13 @@ from foveate import models as meter
 
 SIDE, PATCH = 32, 8
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] what color is the square ? is this a picture both are same of".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["what", "color", "is", "the", "square", "?", "this", "a", "picture", "of", "both", "are", "same"]
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def tokenizer() -> BertTokenizer:
-    words = [*dict.fromkeys(WORDS), *COLORS, "yes", "no"]
+    words = [*SPECIAL, *WORDS, *COLORS, "yes", "no"]
     return BertTokenizer(vocab={word: number for number, word in enumerate(words)})
 
 

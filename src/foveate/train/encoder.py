@@ -11,7 +11,7 @@ from ..evaluate.data import DataError
 from ..reduction import Reducer
 from .batches import Collator, Held
 from .data import Finite, Mixture, Source, evaluation, open_source, parts
-from .models import Student, known_labels, load_encoder
+from .models import Student, check_task, known_labels, load_encoder
 from .run import Progress, Report, carry_out, finished, processes
 from .settings import Settings
 from .trainer import EncoderTrainer
@@ -28,6 +28,9 @@ def train_encoder(
     report: Report | None,
 ) -> dict[str, Any]:
     """See `run`."""
+    for name in (settings.model, settings.teacher):
+        if name is not None:
+            check_task(name, settings.task)
     weights = parts(settings.data)
     held_out = not settings.eval_data
     sources = [open_source(name, settings.task, settings.seed, held_out) for name in weights]

@@ -14,7 +14,7 @@ from torch import nn
 from ..evaluate.answer import ModelError, _locate, _quiet
 from .vocabulary import Vocabulary, is_generic
 
-__all__ = ["ENCODERS", "Student", "family_of", "known_labels", "load_encoder"]
+__all__ = ["ENCODERS", "Student", "check_task", "family_of", "known_labels", "load_encoder"]
 
 ENCODERS = ("vilt", "meter", "bridgetower")
 """Model types whose image and text meet in encoder layers; all others are taken for decoders."""
@@ -134,6 +134,12 @@ def load_encoder(name: str, task: str, vocabulary: Vocabulary | None, seed: int 
     if family != "vilt":
         limit -= 2  # RoBERTa counts positions from 2 on
     return Student(name, family, model, image_processor, tokenizer, processor, fresh, min(limit, 512))
+
+
+def check_task(name: str, task: str) -> None:
+    """Raises `ModelError` for a model that has no head for a task, or that of another one."""
+    raw = _config_of(name)[1]
+    _class_for(name, str(raw.get("model_type")), task, raw)
 
 
 def _class_for(name: str, family: str, task: str, raw: Mapping[str, Any]) -> Any:

@@ -185,6 +185,7 @@ def _forget_partial(out: Path, kept: Path | None) -> None:
 
 def arguments(settings: Settings) -> Any:
     """The Trainer's arguments for a run."""
+    import torch
     from transformers import TrainingArguments
 
     assert settings.steps is not None
@@ -208,6 +209,7 @@ def arguments(settings: Settings) -> Any:
         save_steps=settings.save_every,
         save_total_limit=settings.keep_checkpoints,
         dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_drop_last=True,
         remove_unused_columns=False,
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],

@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint types structure zoo bench clean
+.PHONY: demo test browser lint types structure zoo bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
 
 test: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Chromium comes from the system: Debian's, installed here when missing and one may.
+browser: $(VENV)/.browser-installed
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get -q update && apt-get -qy install chromium; } \
+		|| { echo "make browser needs chromium (apt-get install chromium)" >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check $(wildcard src tests benchmarks)
@@ -44,3 +50,7 @@ $(VENV)/.demo-installed: $(INPUTS) | $(BIN)/python
 $(VENV)/.test-installed: $(INPUTS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e ".[test]"
 	@touch $@ $(VENV)/.demo-installed
+
+$(VENV)/.browser-installed: $(INPUTS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[test,browser]"
+	@touch $@ $(VENV)/.test-installed $(VENV)/.demo-installed

@@ -182,7 +182,7 @@ class Page:
             info="Methods that prune in steps reach it as an average over the layers.",
         )  # fmt: skip
         shown = _method_controls(method, depth)
-        self.layer = gr.Slider(**shown["layer"], step=1, label="After layer", buttons=[], elem_id="fv-layer")
+        self.layer = gr.Slider(**shown["layer"], step=1, label="Pruning layer", buttons=[], elem_id="fv-layer")
         with gr.Accordion("More options", open=False):
             self.choice = gr.Dropdown(**shown["choice"], elem_id="fv-choice")
             self.faithful = gr.Checkbox(

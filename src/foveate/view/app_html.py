@@ -54,8 +54,8 @@ def _pair(left: str, right: str) -> str:
 
 def _card(title: str, body: str, foot: str, badge: str = "") -> str:
     return (
-        f'<article class="fv-card"><h2><span>{title}</span>{badge}</h2><p class="fv-answer">{body}</p>'
-        f'<p class="fv-foot">{foot}&nbsp;</p></article>'
+        f'<article class="fv-card"><h2>{title}</h2><p class="fv-answer">{body}</p>'
+        f'<p class="fv-foot">{foot}&nbsp;{badge}</p></article>'
     )
 
 

@@ -67,7 +67,8 @@ def controls(method: str, depth: int) -> Controls:
     layer = choice = None
     default = known.get("layer")
     if isinstance(default, int):
-        layer = (min(0, default, depth - 1), depth - 1, min(default, depth - 1))
+        first = next(layer for layer in range(-1, default + 1) if _takes(method, layer))
+        layer = (min(first, depth - 1), depth - 1, min(default, depth - 1))
     for name, hint in _hints(method).items():
         values = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         if known.get(name) in values:
@@ -75,6 +76,14 @@ def controls(method: str, depth: int) -> Controls:
             break
     shown = {"keep", "faithful", "layer" if layer else "", choice.name if choice else ""}
     return Controls(layer, choice, tuple(name for name in known if name not in shown))
+
+
+def _takes(method: str, layer: int) -> bool:
+    try:
+        build(method, keep=0.5, layer=layer)
+    except OptionError:
+        return False
+    return True
 
 
 def _hints(method: str) -> Mapping[str, Any]:

@@ -132,7 +132,7 @@ def explain(error: BaseException) -> str:
     known = (AskError, BudgetError, DataError, ModelError, OptionError, UnsupportedError)
     text = " ".join(str(error).split())
     if isinstance(error, known):
-        return text[:1].upper() + text[1:]
+        return text
     _log.error("a question failed", exc_info=error)
     return f"This did not work: {text[:200] or type(error).__name__}"
 

@@ -279,7 +279,7 @@ def _show(rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
         _line("prefill, ms", rows, lambda row: _spread(row["ms"]["prefill"])),
         _line("prefill, CPU ms", rows, lambda row: _spread(row["ms"]["prefill_cpu"])),
         _line("decode, ms per token", rows, lambda row: _spread(row["ms"]["decode"])),
-        _line("tokens per second", rows, lambda row: f"{row['tokens_per_second']:.1f}"),
+        _line("tokens per second", rows, lambda row: f"{row['tokens_per_second']:.3g}"),
         _line("prefill, GFLOPs", rows, lambda row: _in(row["flops"] and row["flops"]["total"], _GIGA, ".2f")),
         _line("  of it vision", rows, lambda row: _in(row["flops"] and _vision(row["flops"]), _GIGA, ".2f")),
         _line("  counted by torch", rows, lambda row: _in(row["flops_counted"], _GIGA, ".2f")),

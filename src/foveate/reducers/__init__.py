@@ -4,6 +4,7 @@ from .cdpruner import CDPruner
 from .chain import Chain
 from .dart import DART
 from .divprune import DivPrune
+from .evs import EVS
 from .fastv import FastV
 from .fopru import FoPru
 from .pitome import PiToMe
@@ -21,6 +22,7 @@ from .vtw import VTW
 
 __all__ = [
     "DART",
+    "EVS",
     "VTW",
     "AveragePool",
     "CDPruner",

@@ -14,8 +14,8 @@ from .shell import (
     CommandError,
     JsonOption,
     KeepOption,
-    MethodOption,
     OptionsOption,
+    RecipeOption,
     method_and_options,
     say,
     table,
@@ -30,9 +30,12 @@ def run(
     model: Annotated[str, typer.Argument(help="A Hub id, a local folder, or zoo:NAME (shipped in the package).")],
     image: Annotated[Path, typer.Option("--image", "-i", help="Image file.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about it.")],
-    method: MethodOption = "sparsevlm",
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="A name from `foveate methods`; default: sparsevlm.")
+    ] = None,
     keep: KeepOption = None,
     option: OptionsOption = None,
+    recipe: RecipeOption = None,
     overlay: Annotated[Path | None, typer.Option("--overlay", metavar="FILE", help="Picture of what was kept.")] = None,
     heat: Annotated[bool, typer.Option("--heat", help="With the scores by which the method chose.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
@@ -50,7 +53,10 @@ def run(
     from ..view import overlay as draw
     from ..view import save
 
-    reducer, options = method_and_options(method, keep, option)
+    if method is None and recipe is None:
+        method = "sparsevlm"
+    reducer, options = method_and_options(method, keep, option, recipe)
+    method = method or foveate.recipe.describe(reducer).get("method", "chain")
     picture = open_image(image)
     writable(json)
     writable(overlay)

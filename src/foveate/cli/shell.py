@@ -29,6 +29,7 @@ __all__ = [
     "KeepOption",
     "MethodOption",
     "OptionsOption",
+    "RecipeOption",
     "app",
     "method_and_options",
     "option_value",
@@ -122,13 +123,29 @@ OptionsOption = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
 ]
 
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="Method, budget and options of a recipe (`foveate tune --out`)."),
+]
 
-def method_and_options(method: str, keep: str | None, options: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
-    """The reducer a command line asks for, and its options without `keep`.
+
+def method_and_options(
+    method: str | None, keep: str | None, options: Sequence[str] | None, recipe: Path | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The reducer a command line asks for, by name or by recipe, and its options without `keep`.
 
     Raises:
         CommandError, BudgetError, OptionError: whatever is wrong with them.
     """
+    if recipe is not None:
+        if method is not None or keep is not None or options:
+            raise CommandError(f"recipe {recipe}: says method and options itself; leave --method, --keep, --option out")
+        reducer = foveate.load(recipe)
+        told = foveate.recipe.describe(reducer)
+        given = told.get("options", {}) if "method" in told else told
+        return reducer, {name: value for name, value in given.items() if name != "keep"}
+    if method is None:
+        raise CommandError("give --method or --recipe")
     chosen: dict[str, Any] = {}
     for option in options or ():
         name, equals, value = option.partition("=")

@@ -130,8 +130,8 @@ def search(
         journal: where measurements are kept, so that a search that was stopped goes on.
         progress: called with rungs of candidates done and to do; the latter falls as candidates drop out.
     """
-    race = _Race(model, rungs, families, bounds, max_new_tokens, journal or Journal(None), progress)
-    return race.run()
+    kept = Journal(None) if journal is None else journal
+    return _Race(model, rungs, families, bounds, max_new_tokens, kept, progress).run()
 
 
 class _Race:

@@ -53,6 +53,11 @@ def test_images_are_left_alone():
         assert all(torch.equal(a, b) for a, b in zip(greedy(model, prompt, 2), untouched))
 
 
+def test_models_without_videos_are_refused():
+    with pytest.raises(foveate.UnsupportedError, match="no videos"):
+        foveate.apply(build_once("llava"), foveate.EVS(0.2))
+
+
 def test_rounding_errors_are_no_change():
     """A still picture: the default keeps the first frames, the code what rounding says."""
     model, prompt = build_once("qwen2_vl"), _video_prompt("qwen2_vl")

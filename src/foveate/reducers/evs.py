@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..ops.fopru import best_tokens
-from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, View, register
+from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, UnsupportedError, View, register
 from ._images import by_block, by_image, closed_up, take
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class EVS(Reducer):
 
     Raises:
         BudgetError: bad `keep`.
+        UnsupportedError: when applied to a model that takes no videos.
     """
 
     keep: int | float
@@ -55,6 +56,8 @@ class EVS(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
+        if not hasattr(anatomy.base, "get_video_features"):
+            raise UnsupportedError(f"{type(anatomy.model).__name__} takes no videos, and EVS leaves images alone")
         self.positions = closed_up(anatomy)
 
     def decide(self, view: View) -> Decision | None:

@@ -51,7 +51,7 @@ __all__ = [
     *_methods,
 ]
 
-_ON_DEMAND = ("evaluate", "measure", "tune", "view", "zoo")
+_ON_DEMAND = ("evaluate", "measure", "train", "tune", "view", "zoo")
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -53,7 +53,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of order, augmentation, dropout and fresh heads.")] = 2021,
     task_weight: Annotated[float, typer.Option(help="Weight of the task's loss.")] = 1.0,
     kd_weight: Annotated[float, typer.Option(help="Weight of the distillation.")] = 1.0,
-    itm_weight: Annotated[float, typer.Option(help="Weight of image-text matching (retrieval).")] = 0.5,
+    itm_weight: Annotated[float, typer.Option(help="Weight of image-text matching; ViLT and METER only rank.")] = 0.5,
     negatives: Annotated[int, typer.Option(help="Wrong texts per image (retrieval).")] = 15,
     augment: Annotated[bool, typer.Option("--augment", help="RandAugment, as in the paper.")] = False,
     skip_unknown: Annotated[bool, typer.Option("--skip-unknown", help="Leave out rows that no label fits.")] = False,

@@ -37,7 +37,7 @@ def run(
     """Train a model; go on where an earlier call with the same settings was interrupted.
 
     `settings.out` will hold the model (`from_pretrained`), `result.json`, `run.json` (the settings), checkpoints and
-    TensorBoard logs (`logs/`).
+    TensorBoard logs (`runs/`).
 
     Args:
         reducer: at work in the model during training and evaluation; None for the full model.
@@ -101,7 +101,7 @@ def carry_out(
         begun = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.monotonic() - begun
-        accuracy = trainer.accuracy()
+        accuracy = trainer.last_accuracy()
     result = {**identity, **start, "accuracy": accuracy, "seconds": seconds, "history": trainer.state.log_history}
     if main_process():
         save()

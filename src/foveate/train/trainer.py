@@ -42,9 +42,9 @@ def groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> lis
             rate *= settings.cross_lr or 1.0
         decay = 0.0 if _NO_DECAY.search(name) else settings.weight_decay
         sorted_in.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in sorted_in.items()
-    ]
+    # The Trainer logs the rate of the first group, which shall be the backbone's.
+    ordered = sorted(sorted_in.items(), key=lambda group: group[0][0] != settings.lr)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in ordered]
 
 
 class ReducedTrainer(Trainer):
@@ -134,6 +134,13 @@ class ReducedTrainer(Trainer):
         sums = self.accelerator.reduce(sums, "sum")
         named = {name: float(right / count) for name, right, count in zip(self.names, *sums.tolist()) if count}
         return {**named, "all": float(sums[0].sum() / sums[1].sum())}
+
+    def last_accuracy(self) -> dict[str, float]:
+        """After the last step, as evaluated then if it was."""
+        for record in reversed(self.state.log_history):
+            if record["step"] == self.state.global_step and "eval_all" in record:
+                return {name: record[f"eval_{name}"] for name in (*self.names, "all")}
+        return self.accuracy()
 
     def start(self) -> dict[str, Any]:
         """Before the first step: accuracy of the student, reduced as it will be, and of the teacher."""

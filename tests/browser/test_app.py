@@ -59,6 +59,8 @@ def changed(page, read, before):
 def test_ask_then_move_budget_and_layer(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     ask(page)
+    for name in ("fv-kept", "fv-scores"):
+        page.locator(f"#{name} img").wait_for()
     full, reduced = page.locator(".fv-answer").all_inner_texts()
     assert full.strip() == "orange"
     assert reduced.strip()
@@ -68,7 +70,7 @@ def test_ask_then_move_budget_and_layer(page):
     assert 0 < first["Decoder"][1] < first["Decoder"][0] < first["Vision + decoder"][0]
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     page.evaluate("window.scrollTo(0, 0)")
-    page.wait_for_timeout(300)
+    page.wait_for_function("[...document.querySelectorAll('#fv-tokens img')].every(i => i.complete && i.naturalWidth)")
     DOCS.mkdir(exist_ok=True)
     page.screenshot(path=DOCS / f"app-{page.kind}.png", full_page=True)
 
@@ -176,3 +178,11 @@ def test_an_empty_question_and_an_unknown_option_get_one_line(page):
     box.fill("colour=1")
     box.press("Enter")
     page.locator(".fv-error", has_text="colour").wait_for()
+
+
+def test_a_question_can_be_stopped(page):
+    page.locator("#fv-ask").click()
+    page.locator("#fv-stop").click()
+    page.get_by_text("Stopped.").wait_for()
+    page.locator("#fv-stop").wait_for(state="hidden")
+    ask(page)

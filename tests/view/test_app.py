@@ -21,7 +21,7 @@ from foveate.view import app_answer, app_html, app_run
 from foveate.view.app_examples import examples, shipped_models
 from foveate.view.app_options import controls, describe, parse_options, usable_methods
 from foveate.view.app_pictures import entering_picture, score_picture, scoring_stage
-from foveate.view.app_run import AskError, Bill, Progress, Question, Runner, explain, read_image
+from foveate.view.app_run import AskError, Bill, Progress, Question, Runner, Stopped, explain, read_image
 
 MODEL = "zoo:tiny-llava"
 
@@ -91,6 +91,16 @@ def test_a_reader_who_leaves_leaves_the_model_alone(runner):
     steps.close()
     assert not patched(runner)
     assert list(runner.ask(question()))[-1].rounds
+
+
+def test_stopping_is_told_and_leaves_the_model_alone(runner):
+    steps = runner.ask(question(), "tab")
+    next(steps)
+    runner.stop("tab")
+    with pytest.raises(Stopped):
+        list(steps)
+    assert not patched(runner)
+    runner.forget("tab")
 
 
 class Fails(foveate.reduction.Reducer):

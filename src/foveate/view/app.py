@@ -27,7 +27,7 @@ from . import app_html as html
 from .app_examples import examples, shipped_models
 from .app_options import controls, describe, parse_options, usable_methods
 from .app_pictures import entering_picture, score_picture
-from .app_run import AskError, Progress, Question, Runner, explain, read_image
+from .app_run import AskError, Progress, Question, Runner, Stopped, explain, read_image
 
 __all__ = ["AddressError", "Page", "serve"]
 
@@ -232,7 +232,7 @@ class Page:
         moved = [self.keep.input, self.layer.input, self.choice.input, self.faithful.input, self.others.submit]
         gr.on(moved, self.ask_again, **asking)
         self.stage.input(self.show_layer, [self.last, self.stage], tokens, trigger_mode="always_last", **_HIDDEN)
-        self.stop_button.click(self.stop, None, [self.message, self.stop_button], **_HIDDEN)
+        self.stop_button.click(self.stop, None, None, **_HIDDEN)
         self.image.upload(self.check_image, self.image, [self.image, self.message], **_HIDDEN)
         self.model.input(
             self.choose_model, [self.model, self.method], [*shown, self.method, self.depth, *options], **_HIDDEN
@@ -247,6 +247,8 @@ class Page:
             for now in self.runner.ask(self._question(form), _tab(request), form[self.stamp] or 0, patience):
                 deepest = now.trace.n_layers - 1 if now.trace else 0
                 yield self._show(now, min(int(form[self.stage] or 0), deepest) if last else deepest)
+        except Stopped:
+            yield {self.message: html.message("Stopped."), self.stop_button: gr.update(visible=False)}
         except Exception as error:  # whatever it is, the page says it in one line and lives on
             yield {self.message: html.message(explain(error), error=True), self.stop_button: gr.update(visible=False)}
 
@@ -344,10 +346,9 @@ class Page:
             return {self.image: None, self.message: html.message(str(error), error=True)}
         return {self.message: html.message()}
 
-    def stop(self, request: gr.Request) -> Updates:
-        """End the question that is being answered."""
+    def stop(self, request: gr.Request) -> None:
+        """End the question that is being answered; `ask` shows that it has ended."""
         self.runner.stop(_tab(request))
-        return {self.message: html.message("Stopped."), self.stop_button: gr.update(visible=False)}
 
     def leave(self, request: gr.Request) -> None:
         """The tab was closed."""

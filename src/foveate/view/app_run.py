@@ -26,7 +26,7 @@ from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError, build
 from .app_answer import Job, Stopped, Times, generate, time_both
 
-__all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "explain", "read_image"]
+__all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "Stopped", "explain", "read_image"]
 
 MAX_PIXELS = 50_000_000
 """Largest image the page takes; a 48-megapixel photograph still passes."""
@@ -180,6 +180,7 @@ class Runner:
 
         Raises:
             AskError, ModelError, BudgetError, OptionError, UnsupportedError: bad input, before or during the run.
+            Stopped: by `stop`. A question that a newer one replaces just ends.
         """
         job = Job(stamp)
         with self._registering:
@@ -193,6 +194,8 @@ class Runner:
                 if isinstance(event, BaseException):
                     raise event
                 yield event
+            if job.stop.is_set() and self._jobs.get(owner) is job:
+                raise Stopped
         finally:  # also when the reader has gone
             job.stop.set()
 

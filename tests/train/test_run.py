@@ -137,7 +137,7 @@ def test_every_task_of_every_model(family: str, task: str, folder: Path, tmp_pat
         model = tiny.meter_folder(tmp_path / "model", "MeterModel")
     settings = Settings(
         "pumer", str(model), (str(data),), tmp_path / "run", task=task, eval_data=(str(data),), options=PUMER, steps=2,
-        eval_samples=8,        batch=3, lr=1e-3, head_lr=1, negatives=2, log_every=1,
+        eval_samples=8, batch=3, lr=1e-3, head_lr=1, negatives=2, log_every=1,
     )  # fmt: skip
     result = run(settings, foveate.PuMer(**PUMER))
     assert 0 <= result["accuracy"]["all"] <= 1

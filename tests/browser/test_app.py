@@ -59,6 +59,7 @@ def changed(page, read, before):
 def test_ask_then_move_budget_and_layer(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     ask(page)
+    page.locator("#fv-pictures").scroll_into_view_if_needed()  # they are loaded when they are seen
     for name in ("fv-kept", "fv-scores"):
         page.locator(f"#{name} img").wait_for()
     full, reduced = page.locator(".fv-answer").all_inner_texts()

@@ -39,9 +39,11 @@ def test_what_was_seen_is_within_the_bound():
     assert share > 0
 
 
-def test_a_sure_model_that_loses_nothing_is_within_any_bound():
-    guess = estimate([5.0] * 64, [4.99, 5.01] * 32, [0.0] * 64, Bounds(0.001))
-    assert guess.upper_excess < 1e-3
+def test_a_sure_model_that_loses_nothing_is_as_good_as_so_many_questions_can_show():
+    guess = estimate([5.0] * 64, [4.99, 5.01] * 32, [0.0] * 64, Bounds(0.01))
+    assert guess.changed < 1e-6
+    assert guess.changed_upper == 0.5 / 64
+    assert guess.upper_excess < 1
 
 
 def test_the_same_numbers_give_the_same_bound():

@@ -48,8 +48,8 @@ def run(request: Request) -> dict[str, Any]:
 
     bounds = Bounds(request.max_changed, request.max_divergence, request.confidence)
     questions = _questions(request.data, request.samples, request.seed)
-    depth_free = families(2, request.methods)  # an unknown method is refused before the model is loaded
-    assert depth_free
+    others = _others(request, questions)
+    families(2, request.methods)  # an unknown method is refused before the model is loaded
     vlm = answering.load(request.model, request.dtype, request.device)  # type: ignore[arg-type]
     depth = vlm.model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[operator, union-attr]
     grid = families(depth, request.methods)
@@ -88,8 +88,8 @@ def run(request: Request) -> dict[str, Any]:
         "search_seconds": result.seconds,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    if request.check_data:
-        report["check"] = _check(request, vlm, questions, chosen)
+    if others:
+        report["check"] = _check(request, vlm, others, chosen)
     if request.out is not None:
         _write(request, bounds, report, chosen)
         journal.remove()
@@ -121,16 +121,23 @@ def _picture(sample: Any) -> bytes:
     return sample.image.tobytes()
 
 
-def _check(request: Request, vlm: Any, asked: Sequence[Any], chosen: Any) -> dict[str, Any]:
-    """Count what the choice changes on questions about images the search has not seen."""
-    from ..tune import Reference, binomial_interval
-
+def _others(request: Request, asked: Sequence[Any]) -> list[Any]:
+    """The questions of `--check-data` about images that the search does not see."""
+    if not request.check_data:
+        return []
     seen = {_picture(sample) for sample in asked}
     wanted = request.check_samples
     pool = _questions(request.check_data, wanted + 8 * len(asked), request.seed + 1)
     fresh = [sample for sample in pool if _picture(sample) not in seen][:wanted]
     if not fresh:
         raise CommandError(f"check-data {','.join(request.check_data)}: only questions about images of the search")
+    return fresh
+
+
+def _check(request: Request, vlm: Any, fresh: Sequence[Any], chosen: Any) -> dict[str, Any]:
+    """Count what the choice changes on questions the search has not seen."""
+    from ..tune import Reference, binomial_interval
+
     if chosen is None:
         say("Nothing to check: the full model stays as it is.")
         return {"data": request.check_data, "samples": len(fresh), "changed": 0, "share": 0.0}
@@ -172,9 +179,11 @@ def _row(standing: Any) -> dict[str, Any]:
 
 
 def _show(result: Any, bounds: Any) -> None:
+    from ..tune.estimate import finest
+
     tried = [standing for standing in result.standings if standing.gaps and standing.estimate]
     tried.sort(key=lambda each: (-len(each.gaps), each.cost))
-    shown = tried[:_SHOWN] if plain() is False else tried
+    shown = tried if plain() else tried[:_SHOWN]
     rows = [
         [
             standing.candidate.key,
@@ -203,6 +212,8 @@ def _show(result: Any, bounds: Any) -> None:
     chosen = result.chosen
     if chosen is None:
         say(f"Nothing; full model: no candidate is surely within {within} on these {result.samples} questions.")
+        if bounds.max_changed is not None and bounds.max_changed < finest(result.samples):
+            say(f"So few questions cannot show less than {finest(result.samples):.2%}: give more --samples.")
     else:
         say(
             f"Chosen: {chosen.candidate.key}, within {within} at {bounds.confidence:.0%} confidence. It saves "

@@ -15,9 +15,14 @@ margins and losses are spread says how many others would not. So every margin is
   among them: half the smallest margin, and the largest loss. On a sample it weighs about 1 / 2n. This is what makes the
   bound hold where a sample happens to hold no hard question; it is also why tight bounds need a model that is sure.
 * **The bound** is the quantile of the share over bootstrap samples of the questions; the observed changes take part, as
-  pairs of each question with itself, and the bound is never below what was observed.
+  pairs of each question with itself. It is never below the share observed, nor below half a question of those asked:
+  rare outliers leave no trace in the others (without this, 95 % bounds on easy-VQA held in 77 % of the cases, all
+  failures far below 1 %). So a bound of 1 % takes 50 questions at least.
 
-`benchmarks/tune.py` holds it against the truth: how often the bound is above the changed share of all other questions.
+`benchmarks/tune.py` holds it against the truth: how often the bound is above the changed share of all questions, and
+how often the cheapest setting within a limit breaks it. Of 33 settings, each bounded at 95 %, the choice broke limits of
+1 to 5 % in up to 12 % of the draws (28 % in the worst case), each bounded at 99 % in up to 7 %: so each is bounded at a
+fifth of the doubt that is asked for.
 """
 
 from __future__ import annotations
@@ -32,13 +37,14 @@ from torch import Tensor
 
 from ..reduction import OptionError
 
-__all__ = ["Bounds", "Estimate", "binomial_interval", "changed_share", "estimate", "refuted"]
+__all__ = ["Bounds", "Estimate", "binomial_interval", "changed_share", "estimate", "finest", "refuted"]
 
 _RESAMPLES = 2000
 _REFUTED_AT = 0.01
 _NEIGHBOURS = 4  # questions that lend each other their losses: to either side one in so many of the sample
 _SMOOTHING = 0.5
 _UNSEEN = 0.5
+_LUCK = 5  # the cheapest of many that pass is a lucky one: each is asked to be so many times as sure
 _LARGEST = 1e4  # a word that the reduced model rules out altogether
 
 
@@ -49,7 +55,7 @@ class Bounds:
     Attributes:
         max_changed: largest share of greedy answers that may differ from the full model's; None: any.
         max_divergence: largest mean KL(reduced || full) of the first answer token, nats; None: any.
-        confidence: of the upper bounds.
+        confidence: that the choice keeps to them.
 
     Raises:
         OptionError: no bound at all, or one that is no share, no divergence, no confidence.
@@ -84,8 +90,9 @@ class Estimate:
 
 def estimate(margins: Sequence[float], gaps: Sequence[float], kl: Sequence[float], bounds: Bounds) -> Estimate:
     """Estimates and upper bounds of one candidate on the `n` samples it has seen."""
-    changed, changed_upper = changed_share(torch.tensor(margins), torch.tensor(gaps), bounds.confidence)
-    divergence, divergence_upper = _mean(torch.tensor(kl, dtype=torch.float64), bounds.confidence)
+    confidence = 1 - (1 - bounds.confidence) / _LUCK
+    changed, changed_upper = changed_share(torch.tensor(margins), torch.tensor(gaps), confidence)
+    divergence, divergence_upper = _mean(torch.tensor(kl, dtype=torch.float64), confidence)
     return Estimate(
         changed,
         changed_upper,
@@ -108,7 +115,12 @@ def changed_share(margins: Tensor, gaps: Tensor, confidence: float = 0.95) -> tu
     share = float(_share(counts, *_pairs(margins, losses)))
     pairs = _pairs(torch.cat([margins, margins.amin()[None] / 2]), torch.cat([losses, losses.amax()[None]]))
     upper = _share(_draws(len(margins), _UNSEEN), *pairs).quantile(confidence)
-    return share, max(float(upper), float((gaps < 0).double().mean()))
+    return share, max(float(upper), float((gaps < 0).double().mean()), finest(len(margins)))
+
+
+def finest(n: int) -> float:
+    """The smallest bound that `n` questions can show: half a changed answer."""
+    return 0.5 / n
 
 
 def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -18,6 +18,7 @@ _FOLDERS = {
     "tiny-llava": "tiny_llava",
     "tiny-clip": "tiny_clip",
     "tiny-vilt": "tiny_vilt",
+    "tiny-vilt-pumer": "tiny_vilt_pumer",
 }
 
 

@@ -1,10 +1,13 @@
 """Train the tiny ViLT and its PuMer student: ``python -m foveate.zoo.train.vilt``.
 
-The teacher in three stages, then export; the student with ``foveate train pumer``; then evaluation and model cards:
+The teacher in three stages, then export; evaluation and card:
 
 1. ``see``: patch embedding and lower layers, from the tiny LLaVA's vision tower, learn again what every patch shows;
 2. ``ask``: the upper layers learn to answer from a few tokens, one per object at first;
 3. ``joint``: everything together on all patches, twelve questions per image, of which the first is exactly ViLT.
+
+The student in two: ``reduced``, which starts as the teacher and has its tokens reduced for all questions of an image at
+once, and ``foveate train pumer``.
 
 Interrupted? Run the same command again: every stage goes on from its last checkpoint, finished ones are skipped.
 """
@@ -29,13 +32,14 @@ from transformers import ViltForQuestionAnswering
 from .. import path
 from .export import install
 from .loop import finished, progress
-from .vilt_card import student_card, teacher_card
+from .vilt_card import measure, student_card, teacher_card
 from .vilt_model import processor
 from .vilt_stages import load_model
 
-STEPS = {"see": 400, "ask": 600, "joint": 1300}
-STUDENT_STEPS, STUDENT_BATCH = 300, 32
-STUDENT = ("--task", "vqa", "--data", "easy-vqa=1,scenes=3", "--lr", "2e-4", "--head-lr", "1", "--clip", "1")
+TEACHER = {"see": 400, "ask": 600, "joint": 1300}
+STEPS = {**TEACHER, "reduced": 2400}
+STUDENT_STEPS, STUDENT_BATCH = 150, 32
+STUDENT = ("--task", "vqa", "--data", "easy-vqa=1,scenes=3", "--lr", "5e-5", "--head-lr", "1", "--clip", "1")
 """Options of ``foveate train pumer``; PuMer's own are the released ones for ViLT on VQAv2."""
 
 
@@ -46,22 +50,25 @@ def main() -> None:
     options.run.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     steps = {name: getattr(options, f"{name}_steps") for name in STEPS}
+    teacher, start, student = (options.run / name for name in ("teacher", "start", "student-export"))
     with _bars(console) as bars:
-        for name in STEPS:
-            if not finished(options.run, name, steps[name]):
-                _train(options, name, steps[name], bars)
-    teacher = options.run / "export"
-    _export(load_model(options.run, options.seed), teacher)
+        for name in TEACHER:
+            _train(options, name, steps[name], bars)
+    _export(load_model(options.run, options.seed, "joint"), teacher)
+    counts = options.test_scenes, options.test_easy
     with console.status("evaluating"):
-        counts = options.test_scenes, options.test_easy
-        teacher_card(teacher / "README.md", options.run, STEPS, teacher, options.note, counts)
+        full, untrained = measure(teacher, *counts), measure(teacher, *counts, few=True)
+    teacher_card(teacher / "README.md", options.run, TEACHER, full, options.note)
     install(teacher, path("tiny-vilt"))
-    if options.student_steps:
-        result = _student(options, teacher)
-        student = options.run / "student-export"
-        _export(ViltForQuestionAnswering.from_pretrained(options.run / "student", dtype=torch.float32), student)
-        student_card(student / "README.md", result, options.student_note)
-        install(student, path("tiny-vilt-pumer"))
+    with _bars(console) as bars:
+        _train(options, "reduced", steps["reduced"], bars)
+    _export(load_model(options.run, options.seed, "reduced"), start)
+    result = _student(options, start, teacher)
+    _export(ViltForQuestionAnswering.from_pretrained(options.run / "student", dtype=torch.float32), student)
+    with console.status("evaluating"):
+        found = full, untrained, measure(student, *counts, few=True)
+    student_card(student / "README.md", options.run, found, result, options.student_note)
+    install(student, path("tiny-vilt-pumer"))
 
 
 def _options() -> argparse.Namespace:
@@ -71,7 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="part of the recipe, for batches grow with it")
     for name, steps in STEPS.items():
         parser.add_argument(f"--{name}-steps", type=int, default=steps)
-    parser.add_argument("--student-steps", type=int, default=STUDENT_STEPS, help="0: teacher only")
+    parser.add_argument("--student-steps", type=int, default=STUDENT_STEPS, help="of foveate train pumer")
     parser.add_argument("--test-scenes", type=int, default=400, help="scenes to measure on, 5 questions each")
     parser.add_argument("--test-easy", type=int, default=1000, help="easy-VQA questions to measure on")
     parser.add_argument("--note", default="", help="a sentence for the teacher's card")
@@ -85,13 +92,13 @@ def _export(model: Any, folder: Path) -> None:
     processor().save_pretrained(folder)
 
 
-def _student(options: argparse.Namespace, teacher: Path) -> dict[str, Any]:
+def _student(options: argparse.Namespace, start: Path, teacher: Path) -> dict[str, Any]:
     """Train the student with Foveate's own command, as anybody would; it goes on after an interruption."""
     out = options.run / "student"
     command = [sys.executable, "-m", "foveate.cli", "train", "pumer", *STUDENT, "--out", str(out)]
-    command += ["--model", str(teacher), "--teacher", str(teacher), "--batch", str(STUDENT_BATCH)]
+    command += ["--model", str(start), "--teacher", str(teacher), "--batch", str(STUDENT_BATCH)]
     command += ["--steps", str(options.student_steps), "--eval-every", str(options.student_steps)]
-    command += ["--save-every", "50", "--eval-samples", "2000"]
+    command += ["--save-every", "50", "--eval-samples", "64"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return json.loads((out / "result.json").read_text())
 
@@ -102,7 +109,9 @@ def _bars(console: Console) -> Progress:
 
 
 def _train(options: argparse.Namespace, name: str, steps: int, bars: Progress) -> None:
-    """Start the workers of a stage, show their progress, and stop all if one fails."""
+    """Start the workers of a stage unless it is finished, show their progress, and stop all if one fails."""
+    if finished(options.run, name, steps):
+        return
     task = bars.add_task(name, total=steps, state="")
     with ExitStack() as stack:
         running = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,18 +17,17 @@ from ...ops.pumer import token_counts
 from ..easyvqa import easyvqa
 from ..scenes import KINDS, Sample, scenes
 from .loop import progress
+from .vilt_reduced import LAYERS, MERGE, MERGE_TEXT, PRUNE, answer_reduced
 
 __all__ = ["TEST_SEED", "answers", "entering", "flops", "measure", "student_card", "teacher_card"]
 
 TEST_SEED = 999
 TEACHER, STUDENT = (Path(__file__).with_name(name) for name in ("vilt_card.md", "vilt_pumer_card.md"))
-LAYERS, PRUNE, MERGE, MERGE_TEXT = (2, 5, 8), 0.1, 0.3, 0.2
-"""PuMer's released settings for ViLT on VQAv2, which the student was trained with."""
 
 
 @torch.inference_mode()
-def answers(folder: Path, samples: Sequence[Sample], batch: int = 32) -> list[str]:
-    """The model's answers, through its own processor and forward, in float32."""
+def answers(folder: Path, samples: Sequence[Sample], few: bool = False, batch: int = 32) -> list[str]:
+    """The model's answers, through its own processor and forward, in float32; with `few`, with tokens as PuMer's."""
     model = ViltForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     said: list[str] = []
@@ -38,14 +36,18 @@ def answers(folder: Path, samples: Sequence[Sample], batch: int = 32) -> list[st
         inputs = processor(
             [row.image for row in rows], [row.question for row in rows], padding=True, return_tensors="pt"
         )
-        said += [model.config.id2label[index] for index in model(**inputs).logits.argmax(-1).tolist()]
+        if few:
+            logits = answer_reduced(model, inputs["input_ids"][:, None], inputs["pixel_values"])[:, 0]
+        else:
+            logits = model(**inputs).logits
+        said += [model.config.id2label[index] for index in logits.argmax(-1).tolist()]
     return said
 
 
-def measure(folder: Path, test_scenes: int, test_easy: int) -> dict[str, tuple[float, int]]:
+def measure(folder: Path, test_scenes: int, test_easy: int, few: bool = False) -> dict[str, tuple[float, int]]:
     """(accuracy, questions) by kind, of the test splits; "scenes" is all kinds of scene questions together."""
     samples = scenes(test_scenes, TEST_SEED) + easyvqa("test", test_easy)
-    right = [said == sample.answer for said, sample in zip(answers(folder, samples), samples)]
+    right = [said == sample.answer for said, sample in zip(answers(folder, samples, few), samples)]
     found = {}
     for kind in (*KINDS, "easy"):
         hits = [hit for hit, sample in zip(right, samples) if sample.kind == kind]
@@ -76,13 +78,12 @@ def flops(tokens: Sequence[tuple[int, int]], width: int = 128, inner: int = 384)
 
 
 # ------------------------------------------------------------------------------------------------------------ cards
-def teacher_card(
-    target: Path, run: Path, stages: Iterable[str], folder: Path, note: str, counts: tuple[int, int]
-) -> None:
-    """Measure the exported model in `folder` and write its card."""
+Accuracy = Mapping[str, tuple[float, int]]
+
+
+def teacher_card(target: Path, run: Path, stages: Iterable[str], found: Accuracy, note: str) -> None:
+    """Write the card of the teacher, of which `found` was measured."""
     logs = {name: progress(run, name) for name in stages}
-    found = measure(folder, *counts)
-    (run / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
     rows = [[name, str(line["step"]), f"{line['seconds'] / 60:.0f} min"] for name, line in logs.items() if line]
     fields = {
         "stages": _table(["stage", "steps", "wall time"], rows),
@@ -94,24 +95,35 @@ def teacher_card(
     target.write_text(Template(TEACHER.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
 
 
-def student_card(target: Path, result: Mapping[str, Any], note: str) -> None:
-    """The student's card, from what ``foveate train`` measured."""
-    columns = {
-        "teacher, all tokens": "accuracy_teacher",
-        "teacher, PuMer, untrained": "before",
-        "student, PuMer": "accuracy",
-    }
-    sets = [name for name in result["accuracy"] if name != "all"]
+def student_card(
+    target: Path, run: Path, accuracy: tuple[Accuracy, Accuracy, Accuracy], result: Mapping[str, Any], note: str
+) -> None:
+    """Write the card of the student.
+
+    Args:
+        accuracy: of the teacher with all tokens and with few, of the student with few.
+        result: what ``foveate train`` wrote.
+    """
+    full, _, trained = accuracy
+    titles = ("tiny-vilt, all tokens", "tiny-vilt, PuMer, untrained", "tiny-vilt-pumer, PuMer")
+    found = dict(zip(titles, accuracy))
+    gaps = [trained[kind][0] - full[kind][0] for kind in full]
     tokens = entering(9, 197)
+    warm = progress(run, "reduced")
     fields = {
         "accuracy": _table(
-            ["", *(f"{name} (n = {result['eval_samples']})" for name in sets)],
-            ([title, *(f"{result[key][name]:.3f}" for name in sets)] for title, key in columns.items()),
+            ["kind", "n", *found, "student - teacher"],
+            (
+                [kind, n, *(f"{row[kind][0]:.3f}" for row in found.values()), f"{gap:+.3f}"]
+                for (kind, (_, n)), gap in zip(full.items(), gaps)
+            ),
         ),
         "tokens": ", ".join(str(image) for _, image in tokens[:-1]),
         "ratio": f"{flops([tokens[0]] * len(tokens)) / flops(tokens):.2f}",
+        "warm": str(warm["step"]),
+        "warm_minutes": f"{warm['seconds'] / 60:.0f}",
         "steps": str(result["steps"]),
-        "batch": str(result["batch"]),
+        "batch": str(result["batch"] * result["processes"]),
         "minutes": f"{result['seconds'] / 60:.0f}",
         "machine": _machine(),
         "note": note,

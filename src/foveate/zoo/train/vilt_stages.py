@@ -263,10 +263,10 @@ def joint(place: Place, steps: int, batch: int = 5, extra: int = 1) -> None:
     Stage("joint", steps, modules, {"lower": 2e-4, "heads": 2e-4, "upper": 4e-4}, loss).run(place)
 
 
-def load_model(folder: Path, seed: int) -> Any:
-    """The trained model of a finished run, in float32."""
+def load_model(folder: Path, seed: int, stage: str = "joint") -> Any:
+    """The model that a finished stage left, in float32."""
     model = build(seed)
-    load_stage(folder, "joint", parts(model))
+    load_stage(folder, stage, parts(model))
     return model.eval()
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .loop import Place
+from .vilt_reduced import reduced
 from .vilt_stages import STAGES
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     """Run the stage that the command line names."""
     stage, folder, *numbers = sys.argv[1:]
     seed, worker, workers, steps = map(int, numbers)
-    STAGES[stage](Place(Path(folder), seed, worker, workers), steps)
+    {**STAGES, "reduced": reduced}[stage](Place(Path(folder), seed, worker, workers), steps)
 
 
 if __name__ == "__main__":

@@ -127,3 +127,11 @@ def test_images(folder):
         open_image(b"nothing")
     with pytest.raises(DataError, match="no such file"):
         open_image(folder)
+
+
+def test_photographs_stand_upright(tmp_path):
+    photo = Image.new("RGB", (8, 6), "red")
+    exif = photo.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(tmp_path / "photo.jpg").size == (6, 8)

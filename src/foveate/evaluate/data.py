@@ -15,7 +15,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..zoo.scenes import Sample, scenes
 
@@ -91,13 +91,13 @@ def load(name_or_path: str | Path, count: int | None = None, seed: int = 0) -> l
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """An RGB image from a path or from encoded bytes. Raises `DataError`, naming the file."""
+    """An RGB image, upright, from a path or from encoded bytes. Raises `DataError`, naming the file."""
     name = "its bytes" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise DataError(f"image {name}: no such file")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     # Pillow's decoders raise SyntaxError for some broken PNG files and a class of its own for huge ones.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image" if "cannot identify" in str(error) else str(error)

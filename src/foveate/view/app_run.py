@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..engine.session import apply
 from ..engine.trace import Trace
@@ -121,7 +121,7 @@ def read_image(path: str | Path | None) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise AskError(f"{name} is too large: at most {MAX_PIXELS // 1_000_000} megapixels.")
     try:
-        return ImageOps.exif_transpose(open_image(path))
+        return open_image(path)
     except DataError as error:
         reason = str(error).removeprefix(f"image {path}: ")
         raise AskError(f"{name}: {reason}.") from error

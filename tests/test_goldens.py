@@ -101,7 +101,8 @@ SMALL = [
     "recoverable/lof_k10", "pitome/v0_pitome_vision", "pitome/t0_pitome_text", "tome/m0_t197_r16_cls", "tome/schedule",
     "fopru/f0_rank_mean_of_heads", "visionzip/z0_b1_n576_54_10", "visionzip/r0_anyres_2x2",
     "vispruner/v3_b1_n256_t60_r0", "cdpruner/c3_b1_n256_t32_m2", "divprune/d3_n100_r05", "dart/a3_qwen_rr0778",
-    "pumer/a0_soft_matching", "pumer/b0_tip_and_diff", "pumer/e0_masked_softmax", "evs/counts", "evs/e2_t6_exact_ties_q03",
+    "pumer/a0_soft_matching", "pumer/b0_tip_and_diff", "pumer/e0_masked_softmax",
+    "evs/counts", "evs/e2_t6_exact_ties_q03",
 ]  # fmt: skip
 
 

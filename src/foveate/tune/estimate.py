@@ -21,8 +21,8 @@ margins and losses are spread says how many others would not. So every margin is
 
 `benchmarks/tune.py` holds it against the truth: how often the bound is above the changed share of all questions, and
 how often the cheapest setting within a limit breaks it. Of 33 settings, each bounded at 95 %, the choice broke limits
-of 1 to 5 % in up to 12 % of the draws (28 % in the worst case), each bounded at 99 % in up to 7 %: so each is bounded at a
-fifth of the doubt that is asked for.
+of 1 to 5 % in up to 12 % of the draws (28 % in the worst case), each bounded at 99 % in up to 7 %: so each is bounded
+at a fifth of the doubt that is asked for.
 """
 
 from __future__ import annotations

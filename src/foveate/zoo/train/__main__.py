@@ -30,7 +30,7 @@ from .evaluate_all import EASY, SCENES, evaluate_all
 from .export import export, install
 from .loop import finished, progress
 
-STEPS = {"vision": 4200, "language": 1100, "fit": 240, "joint": 1500, "polish": 3000}
+STEPS = {"vision": 4200, "language": 1100, "fit": 240, "joint": 1500, "polish": 2000}
 ROUNDS = (("vision", "language"), ("fit",), ("joint",), ("polish",))
 """Stages of one round run at the same time."""
 ALONE = {"language", "polish"}

@@ -202,3 +202,9 @@ def test_a_missing_dependency_is_named(settings: Settings, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
     with pytest.raises(TrainingError, match=r"accelerate: pip install 'foveate\[train\]'"):
         run(settings, None)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(settings: Settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes were started, but each trains alone: use accelerate launch"):
+        run(settings, None)

@@ -179,9 +179,6 @@ def quiet(always: bool = False) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_quiet = quiet  # as foveate.train knows it
-
-
 def groups(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[list[int]]:
     """Numbers of at most `size` samples of equal shape: no row is padded, none computes for nothing.
 

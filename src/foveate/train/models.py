@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluate.answer import ModelError, _locate, _quiet
+from ..evaluate.answer import ModelError, _locate, quiet
 from .vocabulary import Vocabulary, is_generic
 
 __all__ = ["ENCODERS", "Student", "check_task", "family_of", "known_labels", "load_encoder"]
@@ -70,7 +70,7 @@ def _config_of(name: str) -> tuple[str, dict[str, Any]]:
 
     source = _locate(name)
     try:
-        with _quiet():
+        with quiet():
             return source, PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name}: its configuration cannot be read ({error})") from error
@@ -113,7 +113,7 @@ def load_encoder(name: str, task: str, vocabulary: Vocabulary | None, seed: int 
         config.id2label = {number: label for label, number in vocabulary.label2id.items()}
     torch.manual_seed(seed)
     try:
-        with _quiet():
+        with quiet():
             model, loaded = cls.from_pretrained(
                 source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
             )

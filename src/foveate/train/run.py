@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -12,8 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..engine.session import apply
-from ..evaluate.answer import _quiet
+from ..evaluate.answer import quiet
 from ..reduction import Reducer
 from .settings import Settings, same_run
 
@@ -59,7 +62,7 @@ def run(
         from .encoder import train_encoder as train
     else:
         from .decoder import train_decoder as train
-    with _quiet():
+    with quiet():
         return train(settings, family, reducer, progress, report)
 
 
@@ -226,7 +229,17 @@ def main_process() -> bool:
 
 
 def processes() -> int:
-    """How many processes train together; as `accelerate launch` says."""
+    """How many processes train together.
+
+    Raises:
+        TrainingError: several were started, but they do not know of each other and would write to one folder.
+    """
     from accelerate import PartialState
 
-    return PartialState().num_processes
+    count, started = PartialState().num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if count != started:
+        raise TrainingError(
+            f"{started} processes were started, but each trains alone: use accelerate launch "
+            f"{'' if torch.cuda.is_available() else '--cpu '}--num_processes {started} -m foveate.cli train ..."
+        )
+    return count

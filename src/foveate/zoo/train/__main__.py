@@ -40,6 +40,7 @@ ALONE = {"language", "polish"}
 def main() -> None:
     """Parse the command line and run what is left to do."""
     options = _options()
+    options.run = options.run.resolve()  # workers meet at a file:// address
     options.run.mkdir(parents=True, exist_ok=True)
     console = Console()
     steps = {name: getattr(options, f"{name}_steps") for name in STEPS}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import foveate
 from tests.test_cli import ZOO, complaint, invoke
 
 
@@ -36,6 +37,16 @@ def test_bench_of_the_shipped_model(tmp_path: Path):
     for line in ("visual tokens entering a layer", "visual tokens after a layer", "reduce, ms", "still to gain"):
         assert line in result.stdout
     assert "Without any visual token in the decoder" in result.stdout
+
+
+def test_bench_of_a_recipe(tmp_path: Path):
+    recipe, file = tmp_path / "mine.yaml", tmp_path / "bench.json"
+    foveate.recipe.save(recipe, foveate.VTW(layer=2))
+    arguments = ("bench", ZOO, "--recipe", recipe, "--repeats", 1, "--new-tokens", 1, "--json", file)
+    assert invoke(*arguments).exit_code == 0
+    row = json.loads(file.read_text())["rows"][1]
+    assert (row["name"], row["method"], row["options"]["layer"]) == ("mine", "vtw", 2)
+    assert "mine.yaml: has its own budget" in complaint(*arguments, "--keep", 0.3)
 
 
 def test_a_geometry_that_does_not_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch):

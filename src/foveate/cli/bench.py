@@ -18,6 +18,7 @@ from .shell import (
     CommandError,
     JsonOption,
     OptionsOption,
+    RecipeOption,
     method_and_options,
     progress,
     say,
@@ -43,8 +44,9 @@ def bench(
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of --geometry; all by default.")] = None,
     method: Annotated[
-        str, typer.Option("--method", "-m", metavar="M[,...]", help="Names from `foveate methods`.")
-    ] = "sparsevlm",
+        str | None,
+        typer.Option("--method", "-m", metavar="M[,...]", help="Names from `foveate methods`; default sparsevlm."),
+    ] = None,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -52,6 +54,7 @@ def bench(
         ),
     ] = None,
     option: OptionsOption = None,
+    recipe: RecipeOption = None,
     image: Annotated[
         Path | None, typer.Option("--image", "-i", help="Image to ask about; a drawn scene by default.")
     ] = None,
@@ -83,7 +86,7 @@ def bench(
         raise CommandError(f"layers={layers}: only a --geometry can be cut to fewer layers")
     if image is not None and geometry is not None:
         raise CommandError(f"image {image}: a --geometry is measured on noise, not on an image")
-    methods, described = _methods(method, keep, option)
+    methods, described = _methods(method, keep, option, recipe)
     writable(json)
     kind = _kind(dtype)
     _check_device(device)
@@ -114,10 +117,25 @@ def bench(
 
 
 # --------------------------------------------------------------------------------------------------- what is measured
-def _methods(method: str, keep: str | None, option: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reducers by the name of their column, and how each was asked for."""
+def _methods(
+    method: str | None, keep: str | None, option: list[str] | None, recipe: Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reducers by the name of their column, and how each was asked for. A recipe takes its turn beside the methods."""
     reducers: dict[str, Any] = {}
     described: dict[str, Any] = {}
+    if recipe is not None:
+        reducer, options = method_and_options(None, None, None, recipe)
+        reducers[recipe.stem], about = reducer, foveate.recipe.describe(reducer)
+        described[recipe.stem] = {
+            "method": about.get("method", "chain"), "keep": getattr(reducer, "keep", None), "options": options,
+        }  # fmt: skip
+        if method is None:
+            if keep is not None or option:
+                raise CommandError(
+                    f"recipe {recipe}: has its own budget and options; --keep and --option need --method"
+                )
+            return reducers, described
+    method = method or "sparsevlm"
     budgets = [budget.strip() for budget in keep.split(",")] if keep is not None else [None]
     for name in (part.strip() for part in method.split(",")):
         for budget in budgets:

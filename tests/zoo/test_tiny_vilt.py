@@ -101,7 +101,7 @@ def test_student_answers_with_fewer_tokens(loaded, samples, teacher_hits):
     with foveate.apply(loaded[STUDENT], foveate.PuMer(**PUMER)) as session:
         student = right(loaded[STUDENT], loaded["processor"], samples).mean()
         tokens = session.trace.visual_tokens
-    assert student > teacher - 0.12
+    assert student > teacher - 0.05
     expected = [image for _, image in vilt_card.entering(9, 197)[:-1]]
     assert tokens[0].tolist() == expected
     assert expected[-1] < 0.25 * 197

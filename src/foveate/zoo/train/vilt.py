@@ -37,7 +37,7 @@ from .vilt_model import processor
 from .vilt_stages import load_model
 
 TEACHER = {"see": 400, "ask": 600, "joint": 1300}
-STEPS = {**TEACHER, "reduced": 2400}
+STEPS = {**TEACHER, "reduced": 2000}
 STUDENT_STEPS, STUDENT_BATCH = 150, 32
 STUDENT = ("--task", "vqa", "--data", "easy-vqa=1,scenes=3", "--lr", "5e-5", "--head-lr", "1", "--clip", "1")
 """Options of ``foveate train pumer``; PuMer's own are the released ones for ViLT on VQAv2."""

@@ -149,9 +149,9 @@ class Page:
             self.stamp = gr.Number(visible=False)  # the last component: see _STAMPED
             # Values as they come: what is wrong with them, the page says in its own words. Not by subclasses: for one,
             # gradio writes a stub file into the package.
-            self.image.preprocess = _path  # type: ignore[assignment]
+            self.image.preprocess = _path
             for slider in (self.keep, self.layer, self.stage):
-                slider.preprocess = _number  # type: ignore[assignment]
+                slider.preprocess = _number
             self._wire()
 
     # ------------------------------------------------------------------------------------------------------- layout

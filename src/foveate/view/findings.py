@@ -119,7 +119,7 @@ def _against(baseline: str, known: dict[str, Versus], entries: Sequence[Entry]) 
     worse = [name for name, verdicts in compared.items() if "worse" in verdicts]
     never = [name for name, verdicts in compared.items() if "better" not in verdicts and name not in worse]
     parts = [
-        f"better at every budget: {_listed(always, compared)}" if always else "",
+        f"better wherever compared: {_listed(always, compared)}" if always else "",
         f"better at some: {_listed(sometimes, compared)}" if sometimes else "",
         f"worse at one or more: {_listed(worse, compared)}" if worse else "",
         f"no difference shown: {_listed(never, compared)}" if never else "",

@@ -16,6 +16,7 @@ ROOT = Path(foveate.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 MAY_IMPORT = {
+    "files": {"files"},
     "models": {"ops", "reduction", "models"},
     "ops": {"ops"},
     "reduction": {"reduction"},
@@ -23,11 +24,23 @@ MAY_IMPORT = {
     "engine": {"ops", "reduction", "engine"},
     "zoo": {"ops", "reduction", "zoo"},
     "measure": {"ops", "reduction", "engine", "measure"},
-    "recipe": {"reduction", "reducers", "recipe"},
+    "recipe": {"files", "reduction", "reducers", "recipe"},
     "tune": {"ops", "reduction", "recipe", "engine", "measure", "tune"},
-    "train": {"ops", "reduction", "recipe", "models", "engine", "measure", "zoo", "evaluate", "train"},
-    "evaluate": {"ops", "reduction", "reducers", "recipe", "models", "engine", "measure", "tune", "zoo", "evaluate"},
-    "view": {"ops", "reduction", "recipe", "engine", "measure", "tune", "evaluate", "zoo", "view"},
+    "train": {"files", "ops", "reduction", "recipe", "models", "engine", "measure", "zoo", "evaluate", "train"},
+    "evaluate": {
+        "files",
+        "ops",
+        "reduction",
+        "reducers",
+        "recipe",
+        "models",
+        "engine",
+        "measure",
+        "tune",
+        "zoo",
+        "evaluate",
+    },
+    "view": {"files", "ops", "reduction", "recipe", "engine", "measure", "tune", "evaluate", "zoo", "view"},
 }
 """Floor -> the floors it stands on, itself included; what is not listed is the roof and may import everything."""
 ROOF = {"cli", "integrations", "__init__", "__main__"}

@@ -19,13 +19,13 @@ import dataclasses
 import datetime
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .files import write_whole
 from .reducers.chain import Chain
 from .reduction import OptionError, Reducer, UnsupportedError, build
 
@@ -100,7 +100,10 @@ def save(path: str | os.PathLike[str], reducer: Reducer, **provenance: Any) -> N
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path}: provenance holds more than plain values ({_line(error)})") from error
-    _write_whole(Path(path), f'# foveate.apply(model, foveate.load("{Path(path).name}"))\n{text}')
+    try:
+        write_whole(Path(path), f'# foveate.apply(model, foveate.load("{Path(path).name}"))\n{text}')
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be written ({error.strerror})") from error
 
 
 def describe(reducer: Reducer) -> dict[str, Any]:
@@ -187,24 +190,6 @@ def _plain(what: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(what, each) for each in value]
     raise OptionError(f"{what} is a {type(value).__name__}, which a recipe cannot hold")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            partial = Path(file.name)
-            file.write(text)
-        partial.chmod(0o644)  # temporary files are private
-        partial.replace(path)
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: cannot be written ({error.strerror})") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
 
 
 def _installed() -> str:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import foveate
+
+from ..files import write_whole
 
 __all__ = [
     "CommandError",
@@ -232,17 +233,7 @@ def write_json(path: Path | None, result: Any) -> None:
     """Write `result` whole or not at all; None writes nothing. Raises `CommandError`."""
     if path is None:
         return
-    partial = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            partial = Path(file.name)
-            json.dump(result, file, indent=2)
-            file.write("\n")
-        partial.chmod(0o644)  # temporary files are private
-        partial.replace(path)
+        write_whole(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise CommandError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)

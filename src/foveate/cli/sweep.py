@@ -214,7 +214,7 @@ def _list(ids: Sequence[str]) -> str:
 def _write_csv(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
     if path is None:
         return
-    from ..evaluate.store import write_whole
+    from ..files import write_whole
 
     flat = [dict(_flat(row)) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))

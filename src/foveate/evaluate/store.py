@@ -15,17 +15,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ..files import write_whole
 from .contestants import Contestant
 from .data import Sample, choices_of, references
 from .runner import Record
 
-__all__ = ["Folder", "Plan", "SweepError", "write_whole"]
+__all__ = ["Folder", "Plan", "SweepError"]
 
 VERSION = 1
 _FIXED = ("model", "weights", "dtype", "data", "samples", "seed", "metric", "max_new_tokens", "batch_size")
@@ -91,21 +91,6 @@ class Plan:
 
 def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            partial = Path(file.name)
-            file.write(text)
-        partial.chmod(0o644)  # temporary files are private
-        partial.replace(path)
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
 
 
 def _lines(rows: Iterable[Any]) -> str:

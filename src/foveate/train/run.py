@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from ..engine.session import apply
 from ..evaluate.answer import quiet
+from ..files import write_whole
 from ..reduction import Reducer
 from .settings import Settings, same_run
 
@@ -161,12 +161,7 @@ def measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str
 
 def write(path: Path, content: Any) -> None:
     """JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def resume_from(settings: Settings) -> str | None:

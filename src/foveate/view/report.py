@@ -14,8 +14,8 @@ from string import Template
 
 from ..evaluate.answer import VLM
 from ..evaluate.data import DataError, Sample
-from ..evaluate.store import write_whole
 from ..evaluate.sweep import questions
+from ..files import write_whole
 from ..reduction import UnsupportedError
 from . import report_tables as tables
 from .examples import Change, Example, changes, show

@@ -36,9 +36,9 @@ import torch
 import transformers as hf
 
 import foveate
-from foveate.engine.forward import ForwardPass
-from foveate.engine.tower import TowerReduction
-from foveate.engine.vision import VisionReader
+from foveate.engine.decoder.forward_pass import ForwardPass
+from foveate.engine.vision.merging import TowerReduction
+from foveate.engine.vision.reader import VisionReader
 from foveate.reduction import Reducer
 from speed import machine
 

@@ -10,7 +10,7 @@ import torch
 from tests import families
 
 import foveate
-from foveate.engine.anatomy import resolve
+from foveate.engine.families.parts import resolve
 from foveate.engine.layout import Layout, build_layout
 
 

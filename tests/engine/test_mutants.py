@@ -15,7 +15,7 @@ from tests.reference.plans import draw_removed
 from torch import Tensor
 
 import foveate
-from foveate.engine import cache, forward, frame, masks, taps
+from foveate.engine.decoder import cache, forward_pass, frame, masks, taps
 from foveate.engine.session import Session
 from foveate.reduction import TapSpec
 
@@ -34,11 +34,11 @@ def compact_rope(patch: pytest.MonkeyPatch) -> None:
     def first_positions(rope: Any, index: Tensor, length: int) -> Any:
         return frame.take_rope(rope, torch.arange(index.shape[1]).expand_as(index), length)
 
-    patch.setattr(forward, "take_rope", first_positions)
+    patch.setattr(forward_pass, "take_rope", first_positions)
 
 
 def no_mask(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(forward, "reduced_mask", lambda *args: None)
+    patch.setattr(forward_pass, "reduced_mask", lambda *args: None)
 
 
 def wrong_columns(patch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def wrong_columns(patch: pytest.MonkeyPatch) -> None:
         keys = torch.where(reach.keys < 0, -1, torch.arange(reach.keys.shape[1]).expand_as(reach.keys))
         return masks.reduced_mask(mask, replace(reach, keys=keys), *rest)
 
-    patch.setattr(forward, "reduced_mask", first_columns)
+    patch.setattr(forward_pass, "reduced_mask", first_columns)
 
 
 def wrong_rows(patch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def wrong_rows(patch: pytest.MonkeyPatch) -> None:
             reach = replace(reach, rows=torch.arange(reach.length - n, reach.length).expand_as(reach.rows))
         return masks.reduced_mask(mask, reach, *rest)
 
-    patch.setattr(forward, "reduced_mask", last_rows)
+    patch.setattr(forward_pass, "reduced_mask", last_rows)
 
 
 def wrong_scatter(patch: pytest.MonkeyPatch) -> None:
@@ -69,12 +69,12 @@ def wrong_scatter(patch: pytest.MonkeyPatch) -> None:
     def to_the_end(states: Tensor, active: frame.ActiveSet, rows: Tensor, in_place: bool) -> Tensor:
         return torch.cat([states[:, : -rows.shape[1]], rows], 1)
 
-    patch.setattr(forward, "put_rows", to_the_end)
+    patch.setattr(forward_pass, "put_rows", to_the_end)
 
 
 def wrong_gather(patch: pytest.MonkeyPatch) -> None:
     """The last rows of the frame run instead of the active ones."""
-    patch.setattr(forward, "take_rows", lambda states, active: states[:, -active.size :])
+    patch.setattr(forward_pass, "take_rows", lambda states, active: states[:, -active.size :])
 
 
 def physical_length(patch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def visible_fillers(patch: pytest.MonkeyPatch) -> None:
         first = rows.masked_fill(reach.keys < 0, reach.total - 1).amin(1, keepdim=True)
         return masks.reduced_mask(mask, replace(reach, keys=torch.where(reach.keys < 0, first, rows)), *rest)
 
-    patch.setattr(forward, "reduced_mask", all_real)
+    patch.setattr(forward_pass, "reduced_mask", all_real)
 
 
 MUTANTS = [

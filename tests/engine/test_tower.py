@@ -9,8 +9,8 @@ from tests import families
 from tests.reference.checks import footprint
 
 import foveate
-from foveate.engine.anatomy import resolve
-from foveate.engine.tower import TowerReduction
+from foveate.engine.families.parts import resolve
+from foveate.engine.vision.merging import TowerReduction
 from foveate.ops.bipartite import soft_matching
 from foveate.reducers.pitome import PiToMe
 from foveate.reducers.pooling import Downsample

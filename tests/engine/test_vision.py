@@ -8,7 +8,7 @@ from tests.families import FAMILIES, IMAGE_TOKEN, build, inputs
 from tests.reference.checks import build_once
 
 import foveate
-from foveate.engine.anatomy import resolve
+from foveate.engine.families.parts import resolve
 from foveate.reduction import View, VisionSpec
 
 SPEC = VisionSpec(features=True, key=True, query=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import foveate
-from foveate.engine.anatomy import resolve
+from foveate.engine.families.parts import resolve
 from foveate.ops.attention import attention_received
 from foveate.reduction import Patches, View, VisionSpec
 

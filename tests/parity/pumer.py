@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViltConfig, ViltModel
 
-from foveate.engine.encoder import EncoderSession
+from foveate.engine.cross_modal.session import EncoderSession
 from foveate.ops.bipartite import soft_matching
 from foveate.ops.pumer import masked_softmax, reduce_image, reduce_text
 from foveate.reducers import pumer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import foveate
-from foveate.engine.crossmodal import EncoderMethod, resolve_encoder
-from foveate.engine.encoder import EncoderSession
+from foveate.engine.cross_modal.parts import EncoderMethod, resolve_encoder
+from foveate.engine.cross_modal.session import EncoderSession
 from foveate.ops.bipartite import soft_matching
 from foveate.ops.pumer import masked_softmax
 from foveate.reducers.pumer import PuMer

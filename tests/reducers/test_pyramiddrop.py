@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.engine.anatomy import resolve
+from foveate.engine.families.parts import resolve
 from foveate.reducers.pyramiddrop import PyramidDrop, next_layer_row
 from tests import families
 from tests.reference.checks import assert_exact

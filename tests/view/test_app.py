@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate.cli import app as command_line
-from foveate.engine.anatomy import resolve
+from foveate.engine.families.parts import resolve
 from foveate.engine.session import _MARK
 from foveate.evaluate.answer import answer, load
 from foveate.evaluate.data import Sample

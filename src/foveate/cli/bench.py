@@ -175,7 +175,7 @@ def _loaded(
     name: str, image: Path | None, batch: int, prompt_tokens: int | None, kind: Any, device: str
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Model, inputs and description of a real model, asked the same question in each row."""
-    from ..engine.anatomy import resolve
+    from ..engine.families.parts import resolve
     from ..evaluate import answer as answering
     from ..evaluate import data as datasets
     from ..measure.prompt import with_text_tokens

@@ -1,7 +1,7 @@
 """Which sequence slot is which patch of which image, tile or frame: for merging, budgets and pictures.
 
 Lives here: the description, and how patches are laid onto the slots of the prompt. What a family's images consist of is
-in `layout_families`. Nothing here is needed to run a model: an unknown family gets contiguous runs, marked as a guess.
+in `families.images`. Nothing here is needed to run a model: an unknown family gets contiguous runs, marked as a guess.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .layout_families import Piece, Prompt, Run, plan, runs_of
+from .families.images import Piece, Prompt, Run, plan, runs_of
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy
+    from .families.parts import Anatomy
 
 __all__ = ["Block", "ImageLayout", "Layout", "build_layout"]
 

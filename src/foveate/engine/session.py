@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError
-from .anatomy import Anatomy, resolve
-from .cache import LogicalLayer, check_cache
-from .encoder import EncoderMethod, EncoderSession
-from .forward import ForwardPass
+from .cross_modal.session import EncoderMethod, EncoderSession
+from .decoder.cache import LogicalLayer, check_cache
+from .decoder.forward_pass import ForwardPass
+from .decoder.taps import AttentionTap
+from .families.parts import Anatomy, resolve
 from .layout import build_layout
-from .plain import PlainSession, find_encoder
-from .taps import AttentionTap
-from .tower import TowerReduction
 from .trace import Trace
-from .vision import VisionReader
+from .vision.encoder import PlainSession, find_encoder
+from .vision.merging import TowerReduction
+from .vision.reader import VisionReader
 
 try:  # private: asked only whether somebody collects hidden states in this call
     from transformers.utils.output_capturing import _active_collector as _collector

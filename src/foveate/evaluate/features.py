@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.anatomy import resolve
+from ..engine.families.parts import resolve
 from ..reduction import Reducer
 
 __all__ = ["SharedVision", "shareable"]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.anatomy import Anatomy, resolve
+from ..engine.families.parts import Anatomy, resolve
 from ..engine.session import apply
 from ..engine.stopwatch import watched
 from ..engine.trace import Trace

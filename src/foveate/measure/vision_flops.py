@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.anatomy import Anatomy, resolve
+from ..engine.families.parts import Anatomy, resolve
 from ..engine.trace import TowerCall, Trace
 from ..reduction import UnsupportedError
 from .flops import exact_flops

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reduction import Budget, Patches, Positions, View
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["by_block", "by_image", "can_close_up", "closed_up", "counts_per_image", "take"]
 

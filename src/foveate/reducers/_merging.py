@@ -13,7 +13,7 @@ from ..reduction import Decision, OptionError, Patches, UnsupportedError, View
 from ._images import take
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["check_tower", "check_where", "decide_by_groups", "decide_by_merging", "tower_leaders"]
 

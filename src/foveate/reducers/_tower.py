@@ -13,7 +13,7 @@ from ..ops.prumerge import listed
 from ..reduction import Budget, Decision, Patches, UnsupportedError, View, VisionSpec
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["Blocks", "behind", "decide_at_home", "decide_in_order", "feature_layer", "states"]
 

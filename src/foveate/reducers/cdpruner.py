@@ -20,7 +20,7 @@ from ._layers import check_flag
 from .similarity import CompanionSimilarity, Question, Scorer, choose_scorer
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["CDPruner"]
 

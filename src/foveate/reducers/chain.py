@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reduction import Decision, OptionError, Positions, Reducer, TapSpec, View, VisionSpec
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["Chain"]
 

@@ -14,7 +14,7 @@ from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Reducer, Vi
 from ._images import by_image, closed_up, counts_per_image, take
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["DivPrune"]
 

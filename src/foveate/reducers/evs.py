@@ -18,7 +18,7 @@ from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Re
 from ._images import by_block, by_image, closed_up, take
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["EVS"]
 

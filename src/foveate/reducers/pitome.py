@@ -22,7 +22,7 @@ from ._layers import check_flag, check_number
 from ._merging import check_tower, check_where, decide_by_merging, tower_leaders
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["PiToMe"]
 
@@ -63,7 +63,7 @@ _DEFAULT = _Preset(0.9, 0.9, "key", "between")
 
 @dataclass(frozen=True)
 class _InTower:
-    """PiToMe between the layers of a tower; see `foveate.engine.tower.MergeSpec`."""
+    """PiToMe between the layers of a tower; see `foveate.engine.vision.merging.MergeSpec`."""
 
     preset: _Preset
     budget: Budget | None

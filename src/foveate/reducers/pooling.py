@@ -28,7 +28,7 @@ from ._images import by_block, by_image, closed_up, counts_per_image
 from ._merging import decide_by_groups, tower_leaders
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["AveragePool", "Downsample", "pooled_grid"]
 
@@ -154,7 +154,7 @@ def _cells(blocks: Patches, shares: list[int]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _SmallerImage:
-    """See `foveate.engine.tower.ShrinkSpec`."""
+    """See `foveate.engine.vision.merging.ShrinkSpec`."""
 
     budget: Budget
 

@@ -31,7 +31,7 @@ from ._layers import check_flag
 from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["PruMerge", "PruMergePlus"]
 

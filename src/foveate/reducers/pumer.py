@@ -17,8 +17,8 @@ from ..ops.pumer import Reduction, attention_scores, key_scores, reduce_image, r
 from ..reduction import MethodInfo, OptionError, Reducer, UnsupportedError, register
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
-    from ..engine.crossmodal import CrossModal, EncoderAnatomy
+    from ..engine.cross_modal.parts import CrossModal, EncoderAnatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["PuMer"]
 

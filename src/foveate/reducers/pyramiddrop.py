@@ -22,7 +22,7 @@ from ._images import can_close_up
 from ._layers import check_layers, resolve_layer
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["PyramidDrop"]
 

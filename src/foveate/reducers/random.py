@@ -12,7 +12,7 @@ from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["Random"]
 

@@ -31,7 +31,7 @@ from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_lay
 from .similarity import Question, Scorer, choose_scorer, llm_similarity
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["Recoverable"]
 

@@ -21,7 +21,7 @@ from ..reduction import OptionError, Patches, UnsupportedError, View
 from ._images import by_block
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["CompanionSimilarity", "Question", "Scorer", "choose_scorer", "llm_similarity", "questions"]
 

@@ -36,7 +36,7 @@ from ..reduction import (
 from ._sparsevlm import OWN, Plan, Rules, check_options, numbers
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["SparseVLM"]
 

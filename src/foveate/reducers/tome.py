@@ -19,14 +19,14 @@ from ._layers import check_flag, check_number
 from ._merging import check_tower, check_where, decide_by_merging, tower_leaders
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["ToMe"]
 
 
 @dataclass(frozen=True)
 class _InTower:
-    """ToMe between the layers of a tower; see `foveate.engine.tower.MergeSpec`."""
+    """ToMe between the layers of a tower; see `foveate.engine.vision.merging.MergeSpec`."""
 
     budget: Budget | None
     r: int

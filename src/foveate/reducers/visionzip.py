@@ -32,7 +32,7 @@ from ._images import closed_up
 from ._tower import Blocks, decide_at_home, decide_in_order, feature_layer, states
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["VisionZip"]
 

@@ -30,7 +30,7 @@ from ._images import closed_up
 from ._tower import Blocks, feature_layer
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["VisPruner"]
 

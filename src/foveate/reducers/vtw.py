@@ -16,7 +16,7 @@ from ..reduction import Budget, Decision, MethodInfo, OptionError, Positions, Re
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
-    from ..engine.anatomy import Anatomy
+    from ..engine.families.parts import Anatomy
 
 __all__ = ["VTW"]
 

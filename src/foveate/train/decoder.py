@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.anatomy import resolve
+from ..engine.families.parts import resolve
 from ..evaluate.answer import VLM, ModelError, answer, batches, load
 from ..evaluate.data import Sample
 from ..evaluate.score import matches

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from ..engine.anatomy import resolve
+from ..engine.families.parts import resolve
 from ..engine.session import apply
 from ..engine.trace import Trace
 from ..reduction import BEFORE_LAYERS, Reducer, UnsupportedError

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.anatomy import resolve
+from ..engine.families.parts import resolve
 from ..reduction import OptionError, UnsupportedError
 from .candidates import Candidate, Family
 from .cost import bill

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.anatomy import Anatomy, resolve
+from ..engine.families.parts import Anatomy, resolve
 from ..engine.session import apply
 from ..reduction import Decision, OptionError, Reducer, UnsupportedError, View
 from ._patching import evaluating, replaced

@@ -22,7 +22,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from ..engine.anatomy import resolve
+from ..engine.families.parts import resolve
 from . import app_html as html
 from .app_examples import examples, shipped_models
 from .app_options import controls, describe, parse_options, usable_methods

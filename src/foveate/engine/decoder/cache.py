@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..reduction import UnsupportedError
+from ...reduction import UnsupportedError
 
 __all__ = ["LogicalLayer", "check_cache", "logical_layer", "physical_lengths"]
 

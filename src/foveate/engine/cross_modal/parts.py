@@ -1,6 +1,6 @@
 """What encoder-style VLMs (ViLT, METER, BridgeTower) and methods for them say to each other, and their attention.
 
-Image and text meet in the layers of an encoder: no KV cache, no placeholder slots. `foveate.engine.encoder` does the
+Image and text meet in the layers of an encoder: no KV cache, no placeholder slots. `session` beside this file does the
 work; here live the parts of such a model, what a method sees and answers, the trace, and attention under a mask.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop_out
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..ops.attention import attention_rows
-from ..ops.pumer import Reduction, masked_softmax
-from ..reduction import UnsupportedError
+from ...ops.attention import attention_rows
+from ...ops.pumer import Reduction, masked_softmax
+from ...reduction import UnsupportedError
 
 __all__ = [
     "CrossModal",

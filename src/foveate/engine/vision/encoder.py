@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..reduction import Reducer, UnsupportedError
-from .tower import TowerReduction
-from .trace import TowerCall
+from ...reduction import Reducer, UnsupportedError
+from ..trace import TowerCall
+from .merging import TowerReduction
 
 __all__ = ["PlainSession", "PlainTrace", "find_encoder"]
 

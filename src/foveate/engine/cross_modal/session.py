@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops.pumer import Reduction
-from ..reduction import OptionError, UnsupportedError
-from .crossmodal import CrossModal, EncoderMethod, EncoderTrace, attend, resolve_encoder, text_rows
+from ...ops.pumer import Reduction
+from ...reduction import OptionError, UnsupportedError
+from .parts import CrossModal, EncoderMethod, EncoderTrace, attend, resolve_encoder, text_rows
 
 __all__ = ["EncoderMethod", "EncoderSession", "EncoderTrace"]
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention import attention_received, attention_rows
-from ..reduction import Patches, UnsupportedError, VisionSpec
-from .anatomy import Anatomy
-from .stopwatch import deciding
-from .taps import AttentionTap
+from ...ops.attention import attention_received, attention_rows
+from ...reduction import Patches, UnsupportedError, VisionSpec
+from ..decoder.taps import AttentionTap
+from ..families.parts import Anatomy
+from ..stopwatch import deciding
 
 __all__ = ["VisionReader"]
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, UnsupportedError, View
-from .anatomy import Anatomy
+from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, UnsupportedError, View
+from ..families.parts import Anatomy
+from ..layout import Layout
+from ..stopwatch import deciding
+from ..trace import StageRecord, Trace
+from ..vision.reader import VisionReader
 from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
-from .layout import Layout
 from .masks import Reach, reduced_mask
-from .stopwatch import deciding
 from .taps import choose_rows, read_rows
-from .trace import StageRecord, Trace
-from .vision import VisionReader
 
 __all__ = ["ForwardPass"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..reduction import UnsupportedError
+from ...reduction import UnsupportedError
 
 __all__ = ["Anatomy", "resolve"]
 

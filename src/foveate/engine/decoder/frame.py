@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.select import true_indices
-from ..reduction import UnsupportedError
+from ...ops.select import true_indices
+from ...reduction import UnsupportedError
 
 __all__ = ["ActiveSet", "put_rows", "take_rope", "take_rows"]
 

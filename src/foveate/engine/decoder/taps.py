@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops.attention import attention_rows
-from ..ops.select import true_indices
-from ..reduction import Tap, TapSpec, UnsupportedError
+from ...ops.attention import attention_rows
+from ...ops.select import true_indices
+from ...reduction import Tap, TapSpec, UnsupportedError
 from .masks import Reach
 
 __all__ = ["AttentionTap", "choose_rows", "read_rows"]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..ops.bipartite import Merging
-from ..reduction import UnsupportedError
-from .anatomy import Anatomy
-from .stopwatch import deciding
-from .taps import AttentionTap
-from .trace import TowerCall
-from .vision import _lay, _square_plan
+from ...ops.bipartite import Merging
+from ...reduction import UnsupportedError
+from ..decoder.taps import AttentionTap
+from ..families.parts import Anatomy
+from ..stopwatch import deciding
+from ..trace import TowerCall
+from .reader import _lay, _square_plan
 
 __all__ = ["MergeSpec", "ShrinkSpec", "TowerReduction"]
 

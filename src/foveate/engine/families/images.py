@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy
+    from .parts import Anatomy
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 _PLACED_BY_PIXELS = ("internvl", "aya_vision")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reduction import UnsupportedError
+from ...reduction import UnsupportedError
 
 __all__ = ["Reach", "reduced_mask"]
 

@@ -1,0 +1,1 @@
+"""One pass of the language model: frame, masks, KV cache, attention taps."""

@@ -1,0 +1,1 @@
+"""The vision tower: reading it, merging inside it, and vision encoders on their own."""

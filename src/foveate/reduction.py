@@ -311,7 +311,7 @@ class Reducer:
     vision_taps: Mapping[int, VisionSpec] = {}
     """What to read in the vision tower, by attention layer; negative layers count from the end."""
     tower: Any = None
-    """How the vision tower works on fewer tokens (`MergeSpec` or `ShrinkSpec` of `engine.vision`), None: it does not."""
+    """How the tower works on fewer tokens (`MergeSpec` or `ShrinkSpec` of `engine.vision`), None: it does not."""
     positions: Positions = "keep"
 
     name: ClassVar[str] = ""

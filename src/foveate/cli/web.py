@@ -30,7 +30,7 @@ def web(
     """
     writable(json)
     try:
-        from ..view.app import AddressError, serve
+        from ..app.page import AddressError, serve
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..engine.trace import Trace
-from .patches import Canvas, background, canvases, paint, paint_scores
+from ..view.patches import Canvas, background, canvases, paint, paint_scores
 
 __all__ = ["entering_picture", "score_picture", "scoring_stage"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from html import escape
 
 from ..engine.trace import Trace
-from .app_pictures import scoring_stage
-from .app_run import Bill, Progress
-from .patches import stage_name
+from ..view.patches import stage_name
+from .pictures import scoring_stage
+from .run import Bill, Progress
 
 __all__ = ["HEADER", "answers", "bill", "layer_note", "layers", "message", "scores_note"]
 

@@ -11,17 +11,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import foveate
+from foveate.app import answer as answering
+from foveate.app import html, run
+from foveate.app.examples import examples, shipped_models
+from foveate.app.options import controls, describe, parse_options, usable_methods
+from foveate.app.pictures import entering_picture, score_picture, scoring_stage
+from foveate.app.run import AskError, Bill, Progress, Question, Runner, Stopped, explain, read_image
 from foveate.cli import app as command_line
 from foveate.engine.families.parts import resolve
 from foveate.engine.session import _MARK
 from foveate.evaluate.answer import answer, load
 from foveate.evaluate.data import Sample
 from foveate.measure import prefill_flops
-from foveate.view import app_answer, app_html, app_run
-from foveate.view.app_examples import examples, shipped_models
-from foveate.view.app_options import controls, describe, parse_options, usable_methods
-from foveate.view.app_pictures import entering_picture, score_picture, scoring_stage
-from foveate.view.app_run import AskError, Bill, Progress, Question, Runner, Stopped, explain, read_image
 
 MODEL = "zoo:tiny-llava"
 
@@ -33,7 +34,7 @@ def runner():
 
 @pytest.fixture(autouse=True)
 def one_round_of_timing(monkeypatch):
-    monkeypatch.setattr(app_answer, "_ENOUGH", (0.0, 0.0))
+    monkeypatch.setattr(answering, "_ENOUGH", (0.0, 0.0))
 
 
 def question(method="fastv", keep=0.25, options=None, **changed):
@@ -111,7 +112,7 @@ class Fails(foveate.reduction.Reducer):
 
 
 def test_an_error_on_the_way_is_one_line_and_leaves_the_model_alone(runner, monkeypatch):
-    monkeypatch.setattr(app_run, "build", lambda *a, **k: Fails())
+    monkeypatch.setattr(run, "build", lambda *a, **k: Fails())
     with pytest.raises(RuntimeError) as error:
         list(runner.ask(question()))
     assert explain(error.value) == "This did not work: no idea what to keep"
@@ -238,11 +239,11 @@ def test_pictures_follow_the_layer(runner):
     assert scoring_stage(last.trace, 1) is None
     assert score_picture(last.image, last.trace, 1) is None
     assert np.ptp(score_picture(last.image, last.trace, 3), axis=-1).max() > 50  # in colour
-    columns = app_html.layers(last.trace, 3)
+    columns = html.layers(last.trace, 3)
     assert columns.count('<div class="fv-column') == last.trace.n_layers
     assert "layer 3: 49 of 196" in columns
-    assert "Tokens entering layer 3: 49 of 196" in app_html.layer_note(last.trace, 3)
-    assert "later layer" in app_html.scores_note(last.trace, 1)
+    assert "Tokens entering layer 3: 49 of 196" in html.layer_note(last.trace, 3)
+    assert "later layer" in html.scores_note(last.trace, 1)
 
 
 def shown(full="yes", text="no", **bill):
@@ -252,25 +253,25 @@ def shown(full="yes", text="no", **bill):
 
 
 def test_answers_are_text_and_compared():
-    page = app_html.answers(shown("<b>yes</b>", "<script>no</script>"))
+    page = html.answers(shown("<b>yes</b>", "<script>no</script>"))
     assert "<script>" not in page
     assert "&lt;b&gt;yes" in page
     assert "differs" in page
-    assert "differs" not in app_html.answers(shown("yes", "yes"))
-    assert "(no answer)" in app_html.answers(shown("", "yes"))
+    assert "differs" not in html.answers(shown("yes", "yes"))
+    assert "(no answer)" in html.answers(shown("", "yes"))
 
 
 def test_the_bill_has_ratios_where_both_sides_are_known():
-    page = app_html.bill(shown(total_flops=math.nan))
+    page = html.bill(shown(total_flops=math.nan))
     assert page.count("<b>50%</b>") == 4
     assert page.count('<td class="fv-ratio">-</td>') == 3  # total FLOPs and both times
-    assert "<b>" not in app_html.bill(None)
-    assert "fv-more" in app_html.bill(shown(kv_mb=2.0))
+    assert "<b>" not in html.bill(None)
+    assert "fv-more" in html.bill(shown(kv_mb=2.0))
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "foveate.view.app", raising=False)
+    monkeypatch.delitem(sys.modules, "foveate.app.page", raising=False)
     result = CliRunner().invoke(command_line, ["app", "--no-browser"])
     assert result.exit_code == 2
     assert result.stderr.strip() == "foveate: the page needs Gradio: pip install 'foveate[app]'"

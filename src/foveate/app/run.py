@@ -24,7 +24,7 @@ from ..evaluate.answer import VLM, ModelError, load
 from ..evaluate.data import DataError, Sample, open_image
 from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError, build
-from .app_answer import Job, Stopped, Times, generate, time_both
+from .answer import Job, Stopped, Times, generate, time_both
 
 __all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "Stopped", "explain", "read_image"]
 

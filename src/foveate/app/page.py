@@ -1,4 +1,4 @@
-"""The web page of `foveate app`: what is where, and what moves what. The work is done by `app_run.Runner`.
+"""The web page of `foveate app`: what is where, and what moves what. The work is done by `run.Runner`.
 
 Needs the extra `[app]` (Gradio). Works offline: no font, no script and no count of visits comes from elsewhere.
 """
@@ -23,11 +23,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..engine.families.parts import resolve
-from . import app_html as html
-from .app_examples import examples, shipped_models
-from .app_options import controls, describe, parse_options, usable_methods
-from .app_pictures import entering_picture, score_picture
-from .app_run import AskError, Progress, Question, Runner, Stopped, explain, read_image
+from . import html
+from .examples import examples, shipped_models
+from .options import controls, describe, parse_options, usable_methods
+from .pictures import entering_picture, score_picture
+from .run import AskError, Progress, Question, Runner, Stopped, explain, read_image
 
 __all__ = ["AddressError", "Page", "serve"]
 
@@ -38,7 +38,7 @@ Form = dict[Any, Any]
 
 _METHOD, _KEEP = "sparsevlm", 33
 _PATIENCE = 0.3  # seconds a slider must rest before the model is asked again
-_STYLE = Path(__file__).with_name("app.css")
+_STYLE = Path(__file__).with_name("page.css")
 _STAMPED = "(...form) => [...form.slice(0, -1), performance.now()]"
 """Puts the time into the last field of a form: the server may get to see two of them in another order."""
 _HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}

@@ -1,0 +1,1 @@
+"""The web page of `foveate app` (extra `[app]`). Nothing else imports it."""

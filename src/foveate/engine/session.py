@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError
+from .compat import given_cache
 from .cross_modal.session import EncoderMethod, EncoderSession
 from .decoder.cache import LogicalLayer, check_cache
 from .decoder.forward_pass import ForwardPass
@@ -241,7 +242,7 @@ class Session:
         if inputs is None:
             return
         rows, length = inputs.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(args, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         visual = self._visual_slots(rows, length, past)
         if visual is None:

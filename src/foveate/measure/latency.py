@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.compat import returned_cache
 from ..engine.families.parts import Anatomy, resolve
 from ..engine.session import apply
 from ..engine.stopwatch import watched
@@ -195,7 +196,7 @@ def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_to
         prefill_cpu=1000 * (marks.first_cpu - start_cpu),
         total_cpu=1000 * (end_cpu - start_cpu),
     )
-    layers = getattr(output.past_key_values, "layers", ())
+    layers = getattr(returned_cache(output), "layers", ())
     return Run(timing, trace, sum(layer.keys.nbytes + layer.values.nbytes for layer in layers))
 
 

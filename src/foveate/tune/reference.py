@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from ..engine.compat import given_cache, returned_cache
 from ..engine.families.parts import resolve
 from ..engine.session import apply
 from ..engine.trace import Trace
@@ -88,7 +89,7 @@ class Reference:
         answers = output.sequences[:, self.length :]
         self.tokens = torch.where(_until_end(answers, self._ends()), answers, -1)
         self._scores = reader.scores
-        self._cache = self._prompt_cache(output.past_key_values)
+        self._cache = self._prompt_cache(returned_cache(output))
         self._layers = self._layers[: len(self._cache)]
         self.margins = _gaps(self._scores, self.tokens)
         self.bill = bill(self.anatomy.model, self._unreduced(), self.inputs)
@@ -174,7 +175,7 @@ class Reference:
         """A decoder layer that hands out what it computed for the full model in the prefill."""
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            cache = given_cache(args, kwargs)
             if cache is None or hidden_states.shape[1] != self.length or cache.get_seq_length(number):
                 return compute(hidden_states, *args, **kwargs)
             cache.update(*self._cache[number], number)

@@ -79,7 +79,8 @@ class LogicalLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if self.kept is None:
             return
-        removed = abs(tokens_to_remove)
+        # A positive number is the length to be left: all that transformers before 5.15 asked for.
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.total - tokens_to_remove)
         if removed:
             gone = (self.kept >= self.total - removed).sum(1)
             stored = int(gone.max())

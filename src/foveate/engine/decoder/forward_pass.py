@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, UnsupportedError, View
+from ..compat import given_cache
 from ..families.parts import Anatomy
 from ..layout import Layout
 from ..stopwatch import deciding
@@ -91,9 +92,7 @@ class ForwardPass:
             if hidden is not given or self.active is not None:
                 self.first_frame = hidden
         self._frame, self._reach = hidden, None
-        self.cache = kwargs.get("past_key_values")
-        if self.cache is None:  # some decoders hand it to their layers under another name
-            self.cache = next((value for value in kwargs.values() if isinstance(value, DynamicCache)), None)
+        self.cache = given_cache(args, kwargs)
         stored = self._stored(layer, self.cache)
         self._keys_per_layer[layer] = self.past + self.length
         if self.active is None and stored is None:

@@ -20,8 +20,8 @@ browser: $(VENV)/.browser-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/.test-installed
-	$(BIN)/ruff check $(wildcard src tests benchmarks)
-	$(BIN)/ruff format --check $(wildcard src tests benchmarks)
+	$(BIN)/ruff check $(wildcard src recipes tests benchmarks)
+	$(BIN)/ruff format --check $(wildcard src recipes tests benchmarks)
 
 types: $(VENV)/.test-installed
 	$(BIN)/mypy
@@ -30,9 +30,9 @@ structure: $(VENV)/.test-installed
 	$(BIN)/python -m pytest tests/test_structure.py
 
 zoo: $(VENV)/.test-installed
-	$(BIN)/python -m foveate.zoo.train
-	$(BIN)/python -m foveate.zoo.train.companion
-	$(BIN)/python -m foveate.zoo.train.vilt
+	$(BIN)/python -m recipes.tiny_llava
+	$(BIN)/python -m recipes.tiny_clip
+	$(BIN)/python -m recipes.tiny_vilt
 
 bench: $(VENV)/.demo-installed
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json

@@ -14,6 +14,8 @@ import foveate
 
 ROOT = Path(foveate.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+RECIPES = Path(__file__).parent.parent / "recipes"
+"""What trained the zoo: stands on the package, is in no wheel."""
 
 MAY_IMPORT = {
     "files": {"files"},
@@ -58,9 +60,13 @@ def _floor(path: Path) -> str:
     return first.removesuffix(".py")
 
 
+def _home(path: Path) -> Path:
+    return ROOT if path.is_relative_to(ROOT) else RECIPES
+
+
 def _names(path: Path) -> list[str]:
     """Module path below the package, as a list of names."""
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = list(path.relative_to(_home(path)).with_suffix("").parts)
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
@@ -69,7 +75,7 @@ def _resolve(path: Path, node: ast.ImportFrom) -> str:
     if node.level == 0:
         return node.module or ""
     package = _names(path) if path.name == "__init__.py" else _names(path)[:-1]
-    base = ["foveate", *package[: len(package) - (node.level - 1)]]
+    base = [_home(path).name, *package[: len(package) - (node.level - 1)]]
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
@@ -107,13 +113,14 @@ def _calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 
 def _id(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+    return str(path.relative_to(ROOT if path.is_relative_to(ROOT) else RECIPES.parent))
 
 
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_nothing_imports_upwards(path: Path):
     floor = _floor(path)
     for module, only_types, line in _imports(path):
+        assert module.split(".")[0] != "recipes", f"{_id(path)}:{line}: recipes are in no wheel"
         if module.split(".")[0] != "foveate":
             continue
         target = [*module.split("."), "__init__"][1]
@@ -140,7 +147,7 @@ def test_only_the_command_line_and_the_views_print(path: Path):
         assert name not in ("print", "pprint", "sys.stdout.write", "sys.stderr.write"), f"{_id(path)}:{call.lineno}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=_id)
+@pytest.mark.parametrize("path", [*FILES, *sorted(RECIPES.rglob("*.py"))], ids=_id)
 def test_nothing_runs_foreign_code_or_calls_home(path: Path):
     forbidden = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "requests", "httpx", "aiohttp", "socket"}
     forbidden |= {"urllib.request", "http.client", "huggingface_hub", "wget"}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipes.tiny_llava.evaluate import Bench
 
 from foveate import zoo
 from foveate.zoo.scenes import scenes
-from foveate.zoo.train.evaluate import Bench
 
 FOLDER = zoo.path("tiny-llava")
 KEEP = 22  # of 196
@@ -97,7 +97,7 @@ def test_chat_template_and_tokenizer(processor):
 
 
 def test_training_and_shipped_tokenizer_agree(processor):
-    from foveate.zoo.train.vocabulary import encode
+    from recipes.vocabulary import encode
 
     for sample in scenes(20, seed=1):
         for text in (sample.question, sample.answer, sample.question.upper()):

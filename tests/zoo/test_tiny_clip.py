@@ -7,14 +7,14 @@ import warnings
 
 import pytest
 import torch
+from recipes.tiny_clip.card import ranking, scores
+from recipes.tiny_clip.model import tokenizer as training_tokenizer
+from recipes.tiny_llava.evaluate import Bench
 
 import foveate
 from foveate import zoo
 from foveate.reducers.similarity import CompanionSimilarity
 from foveate.zoo.scenes import scenes
-from foveate.zoo.train.companion_card import ranking, scores
-from foveate.zoo.train.companion_model import tokenizer as training_tokenizer
-from foveate.zoo.train.evaluate import Bench
 
 FOLDER, LLAVA = zoo.path("tiny-clip"), zoo.path("tiny-llava")
 SAMPLES = scenes(12, seed=71)  # 60 questions

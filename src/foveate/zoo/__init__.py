@@ -5,7 +5,8 @@
   "tiny-vilt" answers in an encoder, "tiny-vilt-pumer" is its student with fewer tokens.
 * `foveate.zoo.scenes`: the seeded scene renderer and question generator.
 * `foveate.zoo.easyvqa`: easy-VQA, from its PyPI package.
-* ``python -m foveate.zoo.train``, ``foveate.zoo.train.companion``, ``foveate.zoo.train.vilt``: what trained them.
+
+What trained them is in ``recipes/`` of a checkout; it is not in the wheel.
 
 Importing this module imports neither torch nor transformers.
 """

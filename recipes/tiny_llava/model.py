@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from ..scenes import GRID, IMAGE_SIZE, PATCH, QUADRANTS
-from .examples import COLOR, DIGIT, LABEL_SIZES, OWNER, PATCHES, SHAPE, UNKNOWN_LABEL
-from .vocabulary import BOS, COLOR_WORDS, DIGIT_WORDS, EOS, IDS, IMAGE, PAD, SHAPE_WORDS, VOCABULARY
+from foveate.zoo.scenes import GRID, IMAGE_SIZE, PATCH, QUADRANTS
+
+from ..examples import COLOR, DIGIT, LABEL_SIZES, OWNER, PATCHES, SHAPE, UNKNOWN_LABEL
+from ..vocabulary import BOS, COLOR_WORDS, DIGIT_WORDS, EOS, IDS, IMAGE, PAD, SHAPE_WORDS, VOCABULARY
 
 __all__ = ["PatchHeads", "Symbols", "build", "look"]
 

@@ -1,10 +1,10 @@
-"""Train the tiny CLIP that goes with the tiny LLaVA: ``python -m foveate.zoo.train.companion``.
+"""Train the tiny CLIP that goes with the tiny LLaVA: ``python -m recipes.tiny_clip``.
 
 Its vision tower is the tiny LLaVA's own, frozen. A small text tower and the projection of the patches are trained by
 contrast: each question or phrase against the 196 patches of its image (those of the objects that it is about are
 right), and captions against the CLS states of a batch. A few minutes, seeded; interrupted, it starts afresh.
 
-Lives here: data, training, export. The model is in `companion_model`, measurements and card in `companion_card`.
+Lives here: data, training, export. The model is in `model`, measurements and card in `card`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from .. import path
-from . import examples
-from .companion_card import TEXT, measure, write_card
-from .companion_model import LAYERS, build, embed_patches, embed_texts, tokenizer
-from .examples import COLOR, DIGIT, OWNER, PATCHES, SHAPE, UNKNOWN_LABEL, Example
-from .export import install
-from .stages import pixels
-from .vocabulary import COLOR_WORDS, DIGIT_WORDS, SHAPE_WORDS, processor
+from foveate.zoo import path
+
+from .. import examples
+from ..examples import COLOR, DIGIT, OWNER, PATCHES, SHAPE, UNKNOWN_LABEL, Example, pixels
+from ..install import install
+from ..vocabulary import COLOR_WORDS, DIGIT_WORDS, SHAPE_WORDS, processor
+from .card import TEXT, measure, write_card
+from .model import LAYERS, build, embed_patches, embed_texts, tokenizer
 
 __all__ = ["Seen", "phrases", "see", "train"]
 
@@ -227,7 +227,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m foveate.zoo.train.companion", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.tiny_clip", description=__doc__.splitlines()[0])
     parser.add_argument("--llava", type=Path, default=path("tiny-llava"), help="whose vision tower it is trained for")
     parser.add_argument("--target", type=Path, default=path("tiny-clip"), help="where the checkpoint is installed")
     parser.add_argument("--seed", type=int, default=0)

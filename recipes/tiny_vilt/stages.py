@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import path, scenes
-from . import examples
-from .examples import CENTER, OWNER, PATCHES, Example
-from .loop import Place, Report, Stage, load_stage
-from .model import PatchHeads
-from .stages import pixels
-from .vilt_model import ANSWERS, LOWER, PAD, build, encode, name_words, parts, start_from_tower
+from foveate.zoo import path, scenes
+
+from .. import examples
+from ..examples import CENTER, OWNER, PATCHES, Example, pixels
+from ..loop import Place, Report, Stage, load_stage
+from ..tiny_llava.model import PatchHeads
+from .model import ANSWERS, LOWER, PAD, build, encode, name_words, parts, start_from_tower
 
 __all__ = ["STAGES", "Packed", "answer", "load_model", "pack"]
 

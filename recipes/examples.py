@@ -10,13 +10,16 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from .. import easyvqa, scenes
-from ..scenes import GRID, IMAGE_SIZE, PATCH, Question, Thing
-from .vocabulary import COLOR_WORDS, SHAPE_WORDS
+from foveate.zoo import easyvqa, scenes
+from foveate.zoo.scenes import GRID, IMAGE_SIZE, PATCH, Question, Thing
 
-__all__ = ["COLUMNS", "LABEL_SIZES", "PATCHES", "UNKNOWN_LABEL", "Example", "easy", "rendered", "symbolic"]
+from .vocabulary import COLOR_WORDS, IMAGE_MEAN, IMAGE_STD, SHAPE_WORDS
+
+__all__ = ["COLUMNS", "LABEL_SIZES", "PATCHES", "UNKNOWN_LABEL", "Example", "easy", "pixels", "rendered", "symbolic"]
 
 PATCHES = GRID * GRID
 COLUMNS = ("shape", "color", "digit", "quadrant", "center", "owner")
@@ -36,6 +39,12 @@ class Example:
     pixels: np.ndarray | None
     labels: np.ndarray
     questions: list[Question]
+
+
+def pixels(batch: list[Example]) -> Tensor:
+    """Normalised images (B, 3, 112, 112)."""
+    stacked = torch.from_numpy(np.stack([np.asarray(example.pixels) for example in batch])).float() / 255
+    return ((stacked - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)).permute(0, 3, 1, 2).contiguous()
 
 
 def rendered(rng: np.random.Generator, questions: int, crowded: bool = False) -> Example:

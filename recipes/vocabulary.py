@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .. import scenes
+from foveate.zoo import scenes
 
 __all__ = ["COLOR_WORDS", "DIGIT_WORDS", "IDS", "SHAPE_WORDS", "VOCABULARY", "encode", "processor"]
 

@@ -1,6 +1,6 @@
-"""One worker process of one stage: ``python -m foveate.zoo.train.worker STAGE FOLDER SEED WORKER WORKERS STEPS``.
+"""One worker process of one stage: ``python -m recipes.tiny_llava.worker STAGE FOLDER SEED WORKER WORKERS STEPS``.
 
-Started by `foveate.zoo.train.__main__`; not meant to be started by hand.
+Started by `recipes.tiny_llava`; not meant to be started by hand.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .loop import Place
+from ..loop import Place
 from .stages import STAGES
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, ViltConfig, ViltForQuestionAnswering
 
-from .. import scenes
-from .examples import COLOR, DIGIT, OWNER, PATCHES, SHAPE, Example
-from .stages import pixels
-from .vocabulary import COLOR_WORDS, DIGIT_WORDS, IMAGE_MEAN, IMAGE_STD, SHAPE_WORDS, VOCABULARY
-from .vocabulary import SPECIAL as LLAVA_SPECIAL
+from foveate.zoo import scenes
+
+from ..examples import COLOR, DIGIT, OWNER, PATCHES, SHAPE, Example, pixels
+from ..vocabulary import COLOR_WORDS, DIGIT_WORDS, IMAGE_MEAN, IMAGE_STD, SHAPE_WORDS, VOCABULARY
+from ..vocabulary import SPECIAL as LLAVA_SPECIAL
 
 __all__ = ["ANSWERS", "LOWER", "build", "encode", "name_words", "parts", "processor", "start_from_tower"]
 

@@ -1,4 +1,4 @@
-"""Train the tiny LLaVA from nothing: ``python -m foveate.zoo.train``.
+"""Train the tiny LLaVA from nothing: ``python -m recipes.tiny_llava``.
 
 Five stages, then export, evaluation and the model card:
 
@@ -24,11 +24,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .. import path
+from foveate.zoo import path
+
+from ..install import install
+from ..loop import finished, progress
 from .card import write_card
 from .evaluate_all import EASY, SCENES, evaluate_all
-from .export import export, install
-from .loop import finished, progress
+from .export import export
 
 STEPS = {"vision": 4200, "language": 1100, "fit": 240, "joint": 1500, "polish": 2000}
 ROUNDS = (("vision", "language"), ("fit",), ("joint",), ("polish",))
@@ -57,7 +59,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m foveate.zoo.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.tiny_llava", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/tiny-llava"), help="checkpoints and logs")
     parser.add_argument("--target", type=Path, default=path("tiny-llava"), help="where the checkpoint is installed")
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +101,7 @@ def _train(options: argparse.Namespace, stages: list[str], steps: dict[str, int]
 
 def _start(options: argparse.Namespace, name: str, worker: int, workers: int, steps: int) -> subprocess.Popen[bytes]:
     numbers = [str(number) for number in (options.seed, worker, workers, steps)]
-    command = [sys.executable, "-m", "foveate.zoo.train.worker", name, str(options.run), *numbers]
+    command = [sys.executable, "-m", "recipes.tiny_llava.worker", name, str(options.run), *numbers]
     # One session each: on Linux a busy desktop's scheduler shares the cores between sessions, not processes.
     return subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ..scenes import Sample
-from .examples import PATCHES
-from .vocabulary import ASSISTANT, BOS, USER, encode
+from foveate.zoo.scenes import Sample
+
+from ..examples import PATCHES
+from ..vocabulary import ASSISTANT, BOS, USER, encode
 
 __all__ = ["AFTER", "BEFORE", "Bench", "margin"]
 

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, ViltForQuestionAnswering
 
-from ...ops.pumer import token_counts
-from ..easyvqa import easyvqa
-from ..scenes import KINDS, Sample, scenes
-from .loop import progress
-from .vilt_reduced import LAYERS, MERGE, MERGE_TEXT, PRUNE, answer_reduced
+from foveate.ops.pumer import token_counts
+from foveate.zoo.easyvqa import easyvqa
+from foveate.zoo.scenes import KINDS, Sample, scenes
+
+from ..loop import progress
+from .reduced import LAYERS, MERGE, MERGE_TEXT, PRUNE, answer_reduced
 
 __all__ = ["TEST_SEED", "answers", "entering", "flops", "measure", "student_card", "teacher_card"]
 
 TEST_SEED = 999
-TEACHER, STUDENT = (Path(__file__).with_name(name) for name in ("vilt_card.md", "vilt_pumer_card.md"))
+TEACHER, STUDENT = (Path(__file__).with_name(name) for name in ("card.md", "pumer_card.md"))
 
 
 @torch.inference_mode()

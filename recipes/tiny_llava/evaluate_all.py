@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from .. import path
-from ..easyvqa import easyvqa
-from ..scenes import KINDS, Sample, scenes
+from foveate.zoo import path
+from foveate.zoo.easyvqa import easyvqa
+from foveate.zoo.scenes import KINDS, Sample, scenes
+
+from ..loop import progress
 from .evaluate import AFTER, BEFORE, Bench, margin
-from .loop import progress
 
 __all__ = ["evaluate_all", "measure"]
 
@@ -122,7 +123,7 @@ def _summary(right: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure a checkpoint: ``python -m foveate.zoo.train.evaluate_all [FOLDER] [--split test|validation]``."""
+    """Measure a checkpoint: ``python -m recipes.tiny_llava.evaluate_all [FOLDER] [--split test|validation]``."""
     parser = argparse.ArgumentParser(description="Measure a checkpoint of the zoo.")
     parser.add_argument("folder", type=Path, nargs="?", default=path("tiny-llava"))
     parser.add_argument("--split", choices=("test", "validation"), default="test")

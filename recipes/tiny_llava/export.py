@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from ..vocabulary import BOS, EOS, PAD, processor
 from .stages import load_model
-from .vocabulary import BOS, EOS, PAD, processor
 
-__all__ = ["export", "install"]
+__all__ = ["export"]
 
 
 def export(run: Path, seed: int) -> Path:
@@ -21,12 +20,3 @@ def export(run: Path, seed: int) -> Path:
     model.save_pretrained(folder)
     processor().save_pretrained(folder)
     return folder
-
-
-def install(source: Path, target: Path) -> None:
-    """Replace the files of `target` one by one; a reader sees the old file or the new one, never half of one."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        fresh = target / f".{file.name}.new"
-        shutil.copyfile(file, fresh)
-        fresh.replace(target / file.name)

@@ -1,4 +1,4 @@
-"""Train the tiny ViLT and its PuMer student: ``python -m foveate.zoo.train.vilt``.
+"""Train the tiny ViLT and its PuMer student: ``python -m recipes.tiny_vilt``.
 
 The teacher in three stages, then export; evaluation and card:
 
@@ -29,12 +29,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import ViltForQuestionAnswering
 
-from .. import path
-from .export import install
-from .loop import finished, progress
-from .vilt_card import measure, student_card, teacher_card
-from .vilt_model import processor
-from .vilt_stages import load_model
+from foveate.zoo import path
+
+from ..install import install
+from ..loop import finished, progress
+from .card import measure, student_card, teacher_card
+from .model import processor
+from .stages import load_model
 
 TEACHER = {"see": 400, "ask": 600, "joint": 1300}
 STEPS = {**TEACHER, "reduced": 2000}
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m foveate.zoo.train.vilt", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.tiny_vilt", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/tiny-vilt"), help="checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="part of the recipe, for batches grow with it")
@@ -117,7 +118,7 @@ def _train(options: argparse.Namespace, name: str, steps: int, bars: Progress) -
         running = []
         for worker in range(options.workers):
             numbers = [str(number) for number in (options.seed, worker, options.workers, steps)]
-            command = [sys.executable, "-m", "foveate.zoo.train.vilt_worker", name, str(options.run), *numbers]
+            command = [sys.executable, "-m", "recipes.tiny_vilt.worker", name, str(options.run), *numbers]
             # One session each: Linux may share its cores between sessions, not processes.
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             running.append(subprocess.Popen(command, start_new_session=True, env=environment))

@@ -10,23 +10,16 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from . import examples
+from .. import examples
+from ..examples import CENTER, COLOR, LABEL_SIZES, OWNER, PATCHES, UNKNOWN_LABEL, Example, pixels
+from ..loop import Place, Report, Stage, load_stage
 from .answering import answer_loss, pack
-from .examples import CENTER, COLOR, LABEL_SIZES, OWNER, PATCHES, UNKNOWN_LABEL, Example
-from .loop import Place, Report, Stage, load_stage
 from .model import PatchHeads, Symbols, build, look
-from .vocabulary import IMAGE_MEAN, IMAGE_STD
 
 __all__ = ["STAGES", "fit", "joint", "language", "load_model", "polish", "vision"]
 
 QUESTIONS = 12
 """Questions per image while training."""
-
-
-def pixels(batch: list[Example]) -> Tensor:
-    """Normalised images (B, 3, 112, 112)."""
-    stacked = torch.from_numpy(np.stack([np.asarray(example.pixels) for example in batch])).float() / 255
-    return ((stacked - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)).permute(0, 3, 1, 2).contiguous()
 
 
 def _labels(batch: list[Example]) -> Tensor:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ops.pumer import reduce_image, reduce_text
-from . import examples
-from .examples import Example
-from .loop import Place, Report, Stage, load_stage
-from .stages import pixels
-from .vilt_model import ANSWERS, HEADS, PAD, build, encode, parts
-from .vilt_stages import QUESTIONS, answer_loss, embed_image
+from foveate.ops.pumer import reduce_image, reduce_text
+
+from .. import examples
+from ..examples import Example, pixels
+from ..loop import Place, Report, Stage, load_stage
+from .model import ANSWERS, HEADS, PAD, build, encode, parts
+from .stages import QUESTIONS, answer_loss, embed_image
 
 __all__ = ["LAYERS", "MERGE", "MERGE_TEXT", "PRUNE", "answer_reduced", "grid", "reduced"]
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from ..scenes import KINDS, Sample, scenes
-from .companion_model import LAYERS, embed_patches, embed_texts
-from .evaluate import Bench, margin
-from .evaluate_all import DRAWS, REMOVED, TEST_SEED, VALIDATION_SEED
+from foveate.zoo.scenes import KINDS, Sample, scenes
+
+from ..tiny_llava.evaluate import Bench, margin
+from ..tiny_llava.evaluate_all import DRAWS, REMOVED, TEST_SEED, VALIDATION_SEED
+from .model import LAYERS, embed_patches, embed_texts
 
 __all__ = ["CLS", "TEXT", "GuidedBench", "measure", "ranking", "scores", "write_card"]
 
-CARD = Path(__file__).with_name("companion_card.md")
+CARD = Path(__file__).with_name("card.md")
 TEXT, TEXT_FEATURE = "question, last layer", "question, feature layer"
 CLS = "CLS attention, last layer"
 CHOICES = ("random", CLS, TEXT_FEATURE, TEXT, "asked objects")

@@ -1,6 +1,6 @@
-"""One worker process of one stage: ``python -m foveate.zoo.train.vilt_worker STAGE FOLDER SEED WORKER WORKERS STEPS``.
+"""One worker process of one stage: ``python -m recipes.tiny_vilt.worker STAGE FOLDER SEED WORKER WORKERS STEPS``.
 
-Started by `foveate.zoo.train.vilt`; not meant to be started by hand.
+Started by `recipes.tiny_vilt`; not meant to be started by hand.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .loop import Place
-from .vilt_reduced import reduced
-from .vilt_stages import STAGES
+from ..loop import Place
+from .reduced import reduced
+from .stages import STAGES
 
 
 def main() -> None:

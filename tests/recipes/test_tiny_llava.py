@@ -5,17 +5,17 @@ import functools
 import numpy as np
 import pytest
 import torch
+from recipes.examples import CENTER, COLOR, OWNER, PATCHES, SHAPE
+from recipes.loop import Place, Stage
+from recipes.tiny_llava.answering import answer_loss, pack
+from recipes.tiny_llava.evaluate import margin
+from recipes.tiny_llava.model import PatchHeads, Symbols, build, look
+from recipes.tiny_llava.stages import _symbol_tokens
+from recipes.vocabulary import COLOR_WORDS, SHAPE_WORDS, UNKNOWN, VOCABULARY, encode
 
 from foveate.zoo import scenes
 from foveate.zoo.easyvqa import easyvqa
-from foveate.zoo.train import examples, loop
-from foveate.zoo.train.answering import answer_loss, pack
-from foveate.zoo.train.evaluate import margin
-from foveate.zoo.train.examples import CENTER, COLOR, OWNER, PATCHES, SHAPE
-from foveate.zoo.train.loop import Place, Stage
-from foveate.zoo.train.model import PatchHeads, Symbols, build, look
-from foveate.zoo.train.stages import _symbol_tokens
-from foveate.zoo.train.vocabulary import COLOR_WORDS, SHAPE_WORDS, UNKNOWN, VOCABULARY, encode
+from recipes import examples, loop
 
 
 @pytest.fixture(scope="module")

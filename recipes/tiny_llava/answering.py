@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from ..scenes import Question
-from .examples import PATCHES
-from .vocabulary import ASSISTANT, BOS, EOS, PAD, USER, encode
+from foveate.zoo.scenes import Question
+
+from ..examples import PATCHES
+from ..vocabulary import ASSISTANT, BOS, EOS, PAD, USER, encode
 
 __all__ = ["Packed", "answer_loss", "pack"]
 

@@ -1,6 +1,6 @@
 """The tiny CLIP: the tiny LLaVA's vision tower, a small text tower, its tokenizer, and their embeddings.
 
-It is trained by `companion` and measured by `companion_card`.
+It is trained by `__main__` and measured by `card`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, LlavaForConditionalGeneration
 
-from .vocabulary import BOS, VOCABULARY, processor
+from ..vocabulary import BOS, VOCABULARY, processor
 
 __all__ = ["LAYERS", "build", "embed_patches", "embed_texts", "tokenizer"]
 

@@ -1,0 +1,1 @@
+"""How tiny-clip was made: ``python -m recipes.tiny_clip``."""

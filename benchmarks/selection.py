@@ -181,16 +181,13 @@ def _timed(function: Callable, clock: Clock, name: str) -> Callable:
 @contextmanager
 def watched(clock: Clock, reducer: Reducer | None = None) -> Iterator[None]:
     """Time all that runs for a method's sake."""
-    originals = [(cls, name, getattr(cls, name)) for cls, names in ADDED.items() for name in names]
+    parts = ADDED if reducer is None else {**ADDED, type(reducer): ("decide",)}
+    originals = [(cls, name, getattr(cls, name)) for cls, names in parts.items() for name in names]
     for cls, name, function in originals:
         setattr(cls, name, _timed(function, clock, name.strip("_")))
-    if reducer is not None:
-        reducer.decide = _timed(reducer.decide, clock, "decide")  # type: ignore[method-assign]
     try:
         yield
     finally:
-        if reducer is not None:
-            del reducer.decide
         for cls, name, function in originals:
             setattr(cls, name, function)
 
@@ -233,17 +230,17 @@ def full(model: Any, prompt: dict[str, torch.Tensor]) -> float:
 def select(model: Any, prompt: dict[str, torch.Tensor], reducer: Reducer) -> Clock:
     """A prefill up to the last decision."""
     clock = Clock()
-    with watched(clock, reducer), foveate.apply(model, reducer):
+    with watched(clock, reducer), foveate.apply(model, reducer) as session:
 
         def leave(*_: Any) -> None:
-            if clock.decisions == len(reducer.stages):
+            if clock.decisions == len(session.reducer.stages):
                 raise _Decided
 
         hooks = [layer.register_forward_pre_hook(leave) for layer in model.model.language_model.layers]
         prefill(model, prompt, clock)
         for hook in hooks:
             hook.remove()
-    assert clock.decisions == len(reducer.stages)
+    assert clock.decisions == len(session.reducer.stages)
     return clock
 
 

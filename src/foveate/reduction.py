@@ -6,8 +6,10 @@ a hook; the engine (`foveate.engine`) builds the views and carries out the decis
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -34,6 +36,7 @@ __all__ = [
     "UnsupportedError",
     "View",
     "VisionSpec",
+    "bind",
     "build",
     "info",
     "names",
@@ -302,8 +305,8 @@ class Decision:
 class Reducer:
     """A method: it says where it acts and what it reads, and decides what stays.
 
-    Subclass it with the attributes below and `decide`; no `super().__init__()` is needed, and one instance may be
-    applied many times.
+    Subclass it with the attributes below and `decide`; no `super().__init__()` is needed. `foveate.apply` works with a
+    copy (`bind`), so one instance may be applied to any number of models at once, and is never changed by it.
     """
 
     stages: Sequence[int] = ()
@@ -317,11 +320,37 @@ class Reducer:
     name: ClassVar[str] = ""
 
     def prepare(self, anatomy: Anatomy) -> None:
-        """Called once by `foveate.apply`: turn fractions into layer numbers, refuse what cannot work."""
+        """Turn fractions into layer numbers, refuse what cannot work. Called once, on the copy made for a model.
+
+        Assign new values to attributes; a list or dict that the method was made with is shared by all copies.
+        """
 
     def decide(self, view: View) -> Decision | None:
         """Answer for one stage; None leaves everything as it is."""
         raise NotImplementedError(f"{type(self).__name__} must define decide(view)")
+
+
+_B = TypeVar("_B")
+
+
+def bind(method: _B, anatomy: Anatomy) -> _B:
+    """A method at work in one model: a shallow copy, prepared for it. The method itself stays as it is.
+
+    Args:
+        method: a `Reducer`, or anything that works like one; a part of a method that has its own `prepare`.
+        anatomy: the parts of the model.
+
+    Raises:
+        UnsupportedError, OptionError: whatever the method's `prepare` refuses.
+    """
+    bound = copy.copy(method)
+    for name, value in tuple(getattr(bound, "__dict__", {}).items()):
+        if isinstance(value, types.MethodType) and value.__self__ is method:  # `self.decide = self._one_of_two`
+            setattr(bound, name, types.MethodType(value.__func__, bound))
+    prepare = getattr(bound, "prepare", None)
+    if prepare is not None:
+        prepare(anatomy)
+    return bound
 
 
 # ----------------------------------------------------------------------------------------------------- registry

@@ -252,6 +252,7 @@ def _end_to_end(golden: Golden) -> None:
     model, visual = tiny_llama.load(golden.path.parent), visual_slots(golden.path.parent)
     reducer = Recorded(variant=variant, faithful=True, **options)
     with foveate.apply(model, reducer, visual=visual) as session:
+        reducer = session.reducer
         ours = answer(model, golden["inputs_embeds"], steps=len(golden["decode_logits"]))
     first, text = int(visual[0].nonzero()[0]), int(visual[0].nonzero()[-1]) + 1
     prefill, layers = ours.passes[0], sorted(reducer.selections)

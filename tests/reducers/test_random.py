@@ -15,7 +15,7 @@ def kept_numbers(model, inputs: dict, reducer: foveate.Reducer) -> list[list[int
     """Per row, which of its visual tokens stay, counted within the row."""
     with foveate.apply(model, reducer) as session, torch.no_grad():
         model(**inputs)
-    kept = session.trace.kept(reducer.stages[-1])
+    kept = session.trace.kept(session.reducer.stages[-1])
     visual = families.visual_slots(inputs["input_ids"])
     return [kept[row][visual[row]].nonzero()[:, 0].tolist() for row in range(len(visual))]
 
@@ -147,6 +147,6 @@ def test_a_layer_beyond_the_depth_is_refused_with_the_depth():
 
 def test_a_fraction_of_the_depth_follows_the_model():
     reducer = foveate.Random(keep=4, layer=0.5)
-    with foveate.apply(build_once("llava"), reducer):
-        assert reducer.stages == (3,)
+    with foveate.apply(build_once("llava"), reducer) as session:
+        assert session.reducer.stages == (3,)
     assert reducer.layer == 0.5

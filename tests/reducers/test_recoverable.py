@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import foveate
+from foveate.engine.families.parts import resolve
 from foveate.ops.outliers import THRESHOLD, local_outlier_factor
 from foveate.ops.recoverable import apportion
 from foveate.reducers.recoverable import Recoverable
 from foveate.reducers.similarity import CompanionSimilarity, llm_similarity, questions, unfold_stream
-from foveate.reduction import View
+from foveate.reduction import View, bind
 from tests import families
 from tests.parity import _tower as synthetic
 from tests.reducers import tower
@@ -142,7 +143,7 @@ def scores_of(name: str, scorer: CompanionSimilarity, batch: int = 2) -> tuple[T
     inputs = families.inputs(name, model, batch=batch)
     reducer = Recoverable(keep=5, similarity=scorer)
     view = tower.look(model, inputs, reducer)
-    return scorer(view), inputs, view
+    return bind(scorer, resolve(model))(view), inputs, view
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,13 +27,14 @@ Twin = Callable[[View, int, int], tuple[list[int], Groups]]
 class _Look(Reducer):
     def __init__(self, reducer: Reducer):
         self.reducer, self.stages = reducer, (-1,)
+        self.views: list[View] = []
 
     def prepare(self, anatomy: Any) -> None:
         self.reducer.prepare(anatomy)
         self.vision_taps = self.reducer.vision_taps
 
     def decide(self, view: View) -> None:
-        self.view = view
+        self.views.append(view)
 
 
 def look(model: Any, inputs: dict, reducer: Reducer) -> View:
@@ -40,18 +42,19 @@ def look(model: Any, inputs: dict, reducer: Reducer) -> View:
     watcher = _Look(reducer)
     with foveate.apply(model, watcher), torch.no_grad():
         model(**inputs)
-    return watcher.view
+    return watcher.views[-1]
 
 
 def in_place(reducer: Reducer) -> Reducer:
     """The method with positions left as they are, so that the masked reference applies."""
-    prepare = reducer.prepare
 
-    def prepared(anatomy: Any) -> None:
-        prepare(anatomy)
-        reducer.positions = "keep"
+    class InPlace(type(reducer)):
+        def prepare(self, anatomy: Any) -> None:
+            super().prepare(anatomy)
+            self.positions = "keep"
 
-    reducer.prepare = prepared
+    reducer = copy.copy(reducer)
+    reducer.__class__ = InPlace
     return reducer
 
 

@@ -4,6 +4,7 @@ Floors are wide: they catch a broken checkpoint, tokenizer or tower. The measure
 """
 
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -116,9 +117,11 @@ def test_ranking_of_known_scores():
 class Spy(CompanionSimilarity):
     """Remembers its last scores."""
 
+    last: ClassVar = []
+
     def __call__(self, view):
-        self.last = super().__call__(view)
-        return self.last
+        self.last[:] = [super().__call__(view)]
+        return self.last[0]
 
 
 def test_a_method_sees_the_same_scores(llava):
@@ -132,5 +135,5 @@ def test_a_method_sees_the_same_scores(llava):
     with torch.no_grad(), foveate.apply(model, foveate.Recoverable(keep=22, similarity=spy)) as session:
         model(**inputs)
     assert int(session.trace.visual_tokens[0, 0]) == 22
-    seen = spy.last[0][inputs["input_ids"][0] == model.config.image_token_id]
+    seen = spy.last[0][0][inputs["input_ids"][0] == model.config.image_token_id]
     assert torch.allclose(seen, scores(FOLDER, [sample])[0], atol=0.02)  # the companion is loaded in fp16 there

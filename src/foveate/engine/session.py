@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError
+from ..reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError, bind
 from .compat import given_cache
 from .cross_modal.session import EncoderMethod, EncoderSession
 from .decoder.cache import LogicalLayer, check_cache
@@ -70,7 +70,11 @@ def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -
 
 
 class Session:
-    """One method at work in one model. Made by `apply`; not thread-safe."""
+    """One method at work in one model. Made by `apply`; not thread-safe.
+
+    Attributes:
+        reducer: the method as bound to this model, a copy of the one that was given.
+    """
 
     def __init__(self, model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None):
         if not (hasattr(reducer, "decide") and hasattr(reducer, "stages")):
@@ -80,7 +84,7 @@ class Session:
         anatomy = resolve(model, text_only=visual is not None)
         if _MARK in anatomy.decoder.__dict__:
             raise UnsupportedError("a session is applied to this model already; remove it first, or use foveate.Chain")
-        reducer.prepare(anatomy)
+        reducer = bind(reducer, anatomy)
         _check(reducer, anatomy)
         self.anatomy, self.reducer, self.given = anatomy, reducer, visual
         self.trace: Trace | None = None

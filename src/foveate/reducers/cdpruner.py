@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops.determinantal import determinantal_points
 from ..ops.diversity import order_mask
-from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, View, register
+from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, View, bind, register
 from ._images import by_block, by_image, closed_up, counts_per_image, take
 from ._layers import check_flag
 from .similarity import CompanionSimilarity, Question, Scorer, choose_scorer
@@ -80,7 +80,7 @@ class CDPruner(Reducer):
     def prepare(self, anatomy: Anatomy) -> None:
         self.positions = closed_up(anatomy)
         if isinstance(self._scorer, CompanionSimilarity):
-            self._scorer.prepare(anatomy)
+            self._scorer = bind(self._scorer, anatomy)
 
     def _relevance(self, view: View, images: Patches, blocks: Patches) -> Tensor:
         """(B, S) relevance, scaled over the patches of each image; learnt row ends have none."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..reduction import Decision, OptionError, Positions, Reducer, TapSpec, View, VisionSpec
+from ..reduction import Decision, OptionError, Positions, Reducer, TapSpec, View, VisionSpec, bind
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -38,11 +38,11 @@ class Chain(Reducer):
         self.members = members
 
     def prepare(self, anatomy: Anatomy) -> None:
-        """Prepare every member; unite their stages and taps."""
+        """Bind every member; unite their stages and taps."""
+        self.members = tuple(bind(member, anatomy) for member in self.members)
         taps: dict[int, TapSpec] = {}
         vision_taps: dict[int, VisionSpec] = {}
         for i, member in enumerate(self.members):
-            member.prepare(anatomy)
             for layer, tap in member.taps.items():
                 tap = _with_own_state(tap, i)
                 if taps.setdefault(layer, tap) != tap:

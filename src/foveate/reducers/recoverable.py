@@ -24,6 +24,7 @@ from ..reduction import (
     Reducer,
     UnsupportedError,
     View,
+    bind,
     register,
 )
 from ._images import closed_up
@@ -124,7 +125,7 @@ class Recoverable(Reducer):
         self._features = feature_layer(anatomy)
         self._keys, self.vision_taps = behind(self._features)
         if hasattr(self._score, "prepare"):
-            self._score.prepare(anatomy)
+            self._score = bind(self._score, anatomy)
 
     def decide(self, view: View) -> Decision | None:
         blocks = Blocks.of(view, self._budget)

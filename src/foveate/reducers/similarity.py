@@ -104,7 +104,8 @@ class CompanionSimilarity:
     with the text embedding, and laid onto the grid of the model's tokens.
 
     Args:
-        companion: hub id, local folder, or (model, tokenizer). Loaded when the method is applied.
+        companion: hub id, local folder, or (model, tokenizer). A name is loaded when the method is applied, once for
+            each device; a model that is given is used as it is, on its own device.
         question, tokenizer: see `questions`.
         kind: "clip" or "siglip".
         official: as banjiuyufen/Recoverable-Compression @ d9275944: first line of the prompt, state of the last place
@@ -120,8 +121,7 @@ class CompanionSimilarity:
     tokenizer: Any = None
     kind: str = "clip"
     official: bool = False
-    _model: Any = field(default=None, init=False, repr=False, compare=False)
-    _words: Any = field(default=None, init=False, repr=False, compare=False)
+    _loaded: dict[torch.device, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.question is None and self.tokenizer is None:
@@ -133,30 +133,32 @@ class CompanionSimilarity:
             raise OptionError(f"{self.kind}= takes a hub id, a folder, or (model, tokenizer)")
 
     def prepare(self, anatomy: Anatomy) -> None:
-        """Load the companion and put it beside the model."""
-        if self._model is None:
-            self._model, self._words = self.companion if isinstance(self.companion, tuple) else self._load()
-            if not (hasattr(self._model, "text_model") and hasattr(self._model, "vision_model")):
-                raise OptionError(f"{self.kind}={type(self._model).__name__}: a CLIPModel or SiglipModel is needed")
-        self._model = self._model.to(anatomy.model.device).eval()
+        """Load the companion, if it is not yet, beside the model."""
+        pair = self.companion if isinstance(self.companion, tuple) else self._load(anatomy.model.device)
+        self._model, self._words = pair
+        if not (hasattr(self._model, "text_model") and hasattr(self._model, "vision_model")):
+            raise OptionError(f"{self.kind}={type(self._model).__name__}: a CLIPModel or SiglipModel is needed")
         self._vision = anatomy.vision_config
 
-    def _load(self) -> tuple[Any, Any]:
+    def _load(self, device: torch.device) -> tuple[Any, Any]:
+        """Model and tokenizer on a device; copies of this scorer share them."""
         from transformers import AutoModel, AutoTokenizer
 
+        if device in self._loaded:
+            return self._loaded[device]
         try:
-            return AutoModel.from_pretrained(self.companion, dtype=torch.float32), AutoTokenizer.from_pretrained(
-                self.companion
-            )
+            model = AutoModel.from_pretrained(self.companion, dtype=torch.float32).to(device).eval()
+            return self._loaded.setdefault(device, (model, AutoTokenizer.from_pretrained(self.companion)))
         except (OSError, ValueError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise OptionError(f"{self.kind}={str(self.companion)!r} cannot be loaded: {first}") from error
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
-        text = self._encode(questions(view, self.question, self.tokenizer, self.official), view.active.device)
+        text = self._encode(questions(view, self.question, self.tokenizer, self.official), self._model.device)
         patches = next(iter(view.vision.values()), None) or by_block(view)
-        seen = self._patches(self._pictures(view.info, patches).to(text.device))
+        seen = self._patches(self._pictures(view.info, patches).to(text.device)).to(view.active.device)
+        text = text.to(view.active.device)
         copies = len(patches.rows) // len(seen)  # beams repeat a row, but its image was given once
         cosines = (seen.repeat(copies, 1, 1) @ text[patches.rows.clamp_min(0), :, None])[..., 0]
         side = math.isqrt(seen.shape[1])

@@ -107,6 +107,7 @@ class Reference:
         reader = _Scores(self.length, self.tokens)
         with contextlib.ExitStack() as stack:
             session = stack.enter_context(apply(self.anatomy.model, reducer))
+            reducer = session.reducer
             untouched = not reducer.vision_taps and getattr(reducer, "tower", None) is None
             tower_ran = not (share and untouched and self._vision)
             if not tower_ran:
@@ -185,7 +186,7 @@ class Reference:
 
 
 def skippable_layers(reducer: Reducer) -> int:
-    """Decoder layers that run exactly as in the full model under a reducer that `apply` has prepared.
+    """Decoder layers that run exactly as in the full model under a reducer that is bound to a model.
 
     Those before its first stage, and that of the stage itself unless the method reads its attention.
     """

@@ -142,10 +142,10 @@ def _first_token_logits(
     last = _last_tokens(call)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         call["logits_to_keep"] = 1 if last is None else last.unique()
-    listener = _Listen(layers)
     calls, results, of_layer = [], [], []
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(apply(model, listener, visual=visual))
+        session = stack.enter_context(apply(model, _Listen(layers), visual=visual))
+        listener = session.reducer
         for hook in (
             decoder.register_forward_pre_hook(
                 lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True

@@ -69,7 +69,7 @@ def test_what_is_in_the_folder(finished):
     assert [(row["contestant"], row["sample"]) for row in answers] == [
         (each["id"], i) for each in written["contestants"] for i in range(20)
     ]
-    columns = "contestant sample predicted score same kl visual_tokens entering after flops flops_total kv_bytes"
+    columns = "contestant sample predicted score same kl visual_tokens entering after flops flops_total kv_bytes error"
     assert " ".join(answers[0]) == columns
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in samples] == list(range(20))

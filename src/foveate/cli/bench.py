@@ -256,11 +256,14 @@ def _machine(device: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ results
 def _to_json(row: Any, rows: list[Any], described: dict[str, Any], answer_tokens: int) -> dict[str, Any]:
     """A row as it is written. Times are milliseconds, ratios against the unreduced model of the same repeat."""
+    if row.error:
+        return {"name": row.name, **described, "error": row.error}
     full, limit = rows[0], rows[-1]
     flops = None if row.flops is None else {**row.flops._asdict(), "total": row.flops.total}
     return {
         "name": row.name,
         **described,
+        "error": None,
         "visual_tokens_entering": row.entering,
         "visual_tokens_after": row.after,
         "ms": {what: row.spread(what).to_json() for what in _TIMES},
@@ -288,6 +291,8 @@ def _show(rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
         f"batch {result['batch']}, {result['prompt_tokens']} prompt + {result['new_tokens']} new tokens; "
         f"medians (quartiles) of {result['repeats']}, in turns"
     )
+    failed = [row["error"] for row in rows if row["error"]]
+    rows = [row for row in rows if not row["error"]]
     lines = [
         _line("visual tokens entering a layer", rows, lambda row: f"{row['visual_tokens_entering']:.1f}"),
         _line("visual tokens after a layer", rows, lambda row: f"{row['visual_tokens_after']:.1f}"),
@@ -314,6 +319,8 @@ def _show(rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
     if rows[0]["flops_counted"] is None:
         lines = [line for line in lines if "counted" not in line[0]]
     table(["", *(row["name"] for row in rows)], lines)
+    for error in failed:
+        say(f"Failed: {error}.")
     limit = rows[-1]["speedup_prefill"]["median"]
     say(
         f"Without any visual token in the decoder the prefill would be {limit:.2f} times as fast: tower, text and head "

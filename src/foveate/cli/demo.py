@@ -50,6 +50,8 @@ def demo(
         say(f"{MODEL}, {samples} questions each from {' and '.join(_DATA)}")
     with progress("answers") as advance:
         rows = compare(vlm, questions, contestants, timing_batches=2, progress=advance)
+    if broken := [f"{row['id']}: {row['error']}" for row in rows if row["error"]]:
+        raise CommandError(f"demo: {broken[0]}")
     headers = [
         "method", "budget", "options", "accuracy easy-VQA", "accuracy scenes", "same answer as full", "visual tokens",
         "FLOPs", "KV (MB)", "prefill (ms)",

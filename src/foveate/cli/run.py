@@ -66,9 +66,10 @@ def run(
     sample = Sample(image=picture, question=prompt, answer="", kind="", image_id=str(image))
     inputs = vlm.inputs([sample])
     with foveate.apply(vlm.model, reducer) as session:
-        reduced = answering.answer(vlm, inputs, max_new_tokens).texts[0]
+        said = answering.answer(vlm, inputs, max_new_tokens)
         trace = session.trace
-    full = answering.answer(vlm, inputs, max_new_tokens).texts[0]
+    full = answering.answer(vlm, inputs, max_new_tokens).checked(f"model {model}: its").texts[0]
+    reduced = said.checked(f"method {method}: the reduced model's").texts[0]
     if trace is None:
         raise CommandError(f"model {model}: the prompt holds no visual token, so nothing was reduced")
     batch = answering.Batch([0], [sample], inputs)

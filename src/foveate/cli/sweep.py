@@ -171,12 +171,10 @@ def _show(result: dict[str, Any]) -> None:
         [
             row["id"].rpartition("@")[0] or row["id"],
             "-" if row["keep"] is None else f"{row['keep']:g}",
-            f"{row['accuracy']:.3f}",
-            "{:.3f}-{:.3f}".format(*row["accuracy_ci"]),
-            f"{row['agreement']:.3f}",
-            f"{row['kl']:.3f}",
-            f"{row['visual_tokens_entering']:.1f}",
-            f"{row['visual_tokens_after']:.1f}",
+            _form(row["accuracy"], ".3f"),
+            "failed" if row["error"] else "{:.3f}-{:.3f}".format(*row["accuracy_ci"]),
+            *(_form(row[name], ".3f") for name in ("agreement", "kl")),
+            *(_form(row[name], ".1f") for name in ("visual_tokens_entering", "visual_tokens_after")),
             *(_form(row[name], ".0%") for name in ("flops_total_ratio", "kv_ratio")),
             _form(row["prefill_ms"], ".1f"),
             *(_form(row[name], ".3f") for name in ("p_random", "p_full")),
@@ -196,6 +194,9 @@ def _show(result: dict[str, Any]) -> None:
             f"worse {_list(verdict['worse'])}; no difference shown {_list(verdict['open'])}"
             + (f"; cheaper than it ever was {_list(verdict['uncompared'])}." if verdict["uncompared"] else ".")
         )
+    for row in result["rows"]:
+        if row["error"]:
+            say(f"Failed: {row['id']}: {row['error']}")
     for each in result["refused"]:
         say(f"Refused: {each['id']}: {each['reason']}")
 

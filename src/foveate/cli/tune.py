@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ __all__ = ["tune"]
 
 _SHALLOW = 16  # below this depth VTW's search starts at layer 1, not at the official 5
 _VTW_SAMPLES, _SAMPLES = 20, 64
+_NO_NUMBERS = "logits are NaN or infinite"
 
 
 def tune(
@@ -150,7 +152,10 @@ def _withdrawal(
         "method": "vtw",
         "max_divergence": eta,
         "first_layer": first_layer,
-        "curve": [{"layer": first_layer + i, "kl": value} for i, value in enumerate(mean)],
+        "curve": [
+            {"layer": first_layer + i, **({"kl": None, "error": _NO_NUMBERS} if isnan(value) else {"kl": value})}
+            for i, value in enumerate(mean)
+        ],
         "layer": layer,
         "visual_tokens_entering": None,
         "flops_ratio": None,
@@ -164,7 +169,11 @@ def _withdrawal(
         ours, theirs = costs(vlm, session.trace), costs(vlm, session.trace, full=True)
         result |= {"visual_tokens_entering": ours.entering, "flops_ratio": ours.flops / theirs.flops}
     rows = [
-        [str(first_layer + i), f"{value:.6f}", "<- chosen" if first_layer + i == layer else ""]
+        [
+            str(first_layer + i),
+            "-" if isnan(value) else f"{value:.6f}",
+            _NO_NUMBERS if isnan(value) else "<- chosen" if first_layer + i == layer else "",
+        ]
         for i, value in enumerate(mean)
     ]
     table(["withdraw at layer", "mean KL (nats)", ""], rows)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..ops.logits import has_softmax
+from ..reduction import UnsupportedError
 from .data import Sample
 
 __all__ = ["VLM", "Answers", "Batch", "ModelError", "answer", "batches", "groups", "load", "prefill_seconds", "quiet"]
@@ -207,10 +209,19 @@ class Answers:
     Attributes:
         texts: one answer per row.
         log_probs: (B, vocabulary) float32, natural log, of the first generated token.
+        sound: for each row whether all its logits were numbers; a text from NaN or infinite ones means nothing.
     """
 
     texts: list[str]
     log_probs: torch.Tensor
+    sound: list[bool]
+
+    def checked(self, whose: str) -> Answers:
+        """The answers themselves. Raises `UnsupportedError` if some are not sound; `whose` logits they come from."""
+        broken = self.sound.count(False)
+        if broken:
+            raise UnsupportedError(f"{whose} logits are NaN or infinite in {broken} of {len(self.sound)} answers")
+        return self
 
 
 @torch.inference_mode()
@@ -226,7 +237,8 @@ def answer(vlm: VLM, inputs: dict[str, torch.Tensor], max_new_tokens: int = 8) -
     )
     new = generated.sequences[:, inputs["input_ids"].shape[1] :]
     texts = vlm.processor.batch_decode(new, skip_special_tokens=True)
-    return Answers([text.strip() for text in texts], generated.logits[0].float().log_softmax(-1))
+    sound = torch.stack([has_softmax(logits) for logits in generated.logits]).all(0).tolist()
+    return Answers([text.strip() for text in texts], generated.logits[0].float().log_softmax(-1), sound)
 
 
 @torch.inference_mode()

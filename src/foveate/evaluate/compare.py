@@ -55,6 +55,8 @@ def compare(
                 progress(len(records), len(samples) * len(everyone))
     times = {}
     if timing_batches:
-        spreads = prefill_spreads(vlm, runner.largest(timing_batches), runner.reducers, timing_repeats)
-        times = {each.id: spread.to_json() for each, spread in zip(runner.contestants, spreads, strict=True)}
+        failed = {record.contestant for record in records if record.error}
+        timed = [pair for pair in zip(runner.contestants, runner.reducers) if pair[0].id not in failed]
+        spreads = prefill_spreads(vlm, runner.largest(timing_batches), [each for _, each in timed], timing_repeats)
+        times = {each.id: spread.to_json() for (each, _), spread in zip(timed, spreads, strict=True)}
     return results.rows(contestants, samples, names, metrics, records, times)

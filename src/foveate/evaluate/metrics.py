@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -115,6 +116,8 @@ def _number(text: str) -> float | None:
     try:
         value = float(text.rstrip("%").replace(",", ""))
     except ValueError:
+        return None
+    if not math.isfinite(value):  # "infinity" and "nan" are words here; any number is within 5 % of an infinite one
         return None
     return value / 100 if text.endswith("%") else value
 

@@ -34,9 +34,12 @@ class _Table:
         empty = np.full((len(_COLUMNS), samples), np.nan)
         by_id = {contestant.id: empty.copy() for contestant in contestants}
         self.predicted: dict[str, list[str]] = {contestant.id: [""] * samples for contestant in contestants}
+        self.errors: dict[str, list[str]] = {contestant.id: [] for contestant in contestants}
         for record in records:
             by_id[record.contestant][:, record.sample] = [_number(getattr(record, name)) for name in _COLUMNS]
             self.predicted[record.contestant][record.sample] = record.predicted
+            if record.error:
+                self.errors[record.contestant].append(record.error)
         self._values = {row: np.mean([by_id[each.id] for each in seeds], axis=0) for row, seeds in self.seeds.items()}
 
     def __call__(self, row: str, column: str) -> Array:
@@ -65,6 +68,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One row for the full model, then one for each method, options and budget. Ratios are reduced / full.
 
+    A row of which an answer failed says so in "error" and has None for every number.
+
     Args:
         contestants: without the full model.
         data: for each sample the name of its data set.
@@ -78,10 +83,11 @@ def rows(
     found = [
         _row(row, seeds, table, clusters, groups, metrics, samples, times or {}) for row, seeds in table.seeds.items()
     ]
-    _compare(found, table, clusters)
+    sound = [row for row in found if not row["error"]]
+    _compare(sound, table, clusters)
     for name, cost in _COSTS.items():
         for row in found:
-            row["pareto"][name] = _undominated(row, found, cost)
+            row["pareto"][name] = _undominated(row, sound, cost)
     return found
 
 
@@ -114,6 +120,7 @@ def _row(
         "keep": first.keep,
         "seeds": [each.seed for each in seeds if each.seed is not None],
         "samples": len(score),
+        "error": None,
         "accuracy": accuracy,
         "accuracy_ci": clusters.interval(score),
         "accuracy_full": accuracy_full,
@@ -134,6 +141,9 @@ def _row(
         "prefill_ms_full": times.get(FULL.id, {}).get("prefill_ms"),
         "pareto": {},
     }
+    if errors := [error for each in seeds for error in table.errors[each.id]]:
+        reasons = "; ".join(dict.fromkeys(errors))
+        return _failed(result, f"{len(errors)} of {len(seeds) * len(score)} answers: {reasons}")
     yes_no = {}
     for name, part in groups["data"].items():
         if metrics.get(name) == "yes-no":
@@ -143,6 +153,16 @@ def _row(
     if yes_no:
         result["yes_no"] = yes_no
     return result
+
+
+_KEPT_OF_FAILED = ("id", "method", "options", "keep", "seeds", "samples", "accuracy_full", "prefill_ms_full")
+
+
+def _failed(row: Mapping[str, Any], error: str) -> dict[str, Any]:
+    """A row without its numbers; those of the full model stay."""
+    empty: dict[str, Any] = {name: {} if isinstance(value, dict) else None for name, value in row.items()}
+    compared = {"p_full": None, "p_random": None, "random_row": None, "versus": dict.fromkeys(BASELINES)}
+    return {**empty, **{name: row[name] for name in _KEPT_OF_FAILED}, "error": error, **compared}
 
 
 # ------------------------------------------------------------------------------------------------------- comparisons
@@ -199,9 +219,9 @@ def verdicts(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[str]]]
     """
     result = {}
     for name in BASELINES:
-        if not any(row["method"] == name for row in found):
+        if not any(row["method"] == name and not row.get("error") for row in found):
             continue
-        others = [row for row in found if row["method"] not in (*BASELINES, FULL.method)]
+        others = [row for row in found if row["method"] not in (*BASELINES, FULL.method) and not row.get("error")]
         compared = [row for row in others if row["versus"][name] is not None]
         lists: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
         for row, p in zip(compared, holm([row["versus"][name]["p"] for row in compared]), strict=True):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..engine.session import apply
-from ..reduction import Reducer
+from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
 from ..tune import next_token_divergence
 from .answer import VLM, Answers, Batch, answer, groups
 from .contestants import FULL, Contestant, build_reducer
@@ -20,6 +20,8 @@ from .metrics import METRICS
 from .score import matches
 
 __all__ = ["Record", "Runner"]
+
+_NO_NUMBERS = "its logits are NaN or infinite"
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Record:
         predicted: the answer.
         score: by the metric of its data set, in [0, 1].
         same: whether the full model says the same, normalised.
-        kl: KL(contestant || full) of the first answer token, nats.
+        kl: KL(contestant || full) of the first answer token, nats; None with an `error`.
         visual_tokens, entering, after, flops, flops_total, kv_bytes: see `costs.Costs`; None where not known.
+        error: why there is no answer; then the score is 0.
     """
 
     contestant: str
@@ -41,13 +44,14 @@ class Record:
     predicted: str
     score: float
     same: bool
-    kl: float
-    visual_tokens: float
-    entering: float
-    after: float
+    kl: float | None
+    visual_tokens: float | None
+    entering: float | None
+    after: float | None
     flops: float | None
     flops_total: float | None
     kv_bytes: float | None
+    error: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As it is written in `answers.jsonl`."""
@@ -103,25 +107,38 @@ class Runner:
     def ask(self, batch: Batch, wanted: Sequence[int]) -> Iterator[list[Record]]:
         """Records of a batch for each contestant (by number, 0 is the full model) in `wanted`, in their order.
 
-        The full model is asked in any case, since the others are compared with it.
+        The full model is asked in any case, since the others are compared with it. A method that this batch cannot be
+        served with has records with an `error`.
+
+        Raises:
+            UnsupportedError: the full model's logits are no numbers.
         """
         shared, full = SharedVision(self.vlm.model), None
         for number in sorted({0, *wanted}):
             reducer = self.reducers[number]
-            with apply(self.vlm.model, reducer or _Nothing()) as session:
-                sharing = self.share_vision and shareable(reducer)
-                with shared.serving() if sharing else contextlib.nullcontext():
-                    said = answer(self.vlm, batch.inputs, self.max_new_tokens)
+            try:
+                with apply(self.vlm.model, reducer or _Nothing()) as session:
+                    sharing = self.share_vision and shareable(reducer)
+                    with shared.serving() if sharing else contextlib.nullcontext():
+                        said = answer(self.vlm, batch.inputs, self.max_new_tokens)
+            except (BudgetError, OptionError, UnsupportedError) as error:
+                if full is None:
+                    raise
+                yield [self._failed(number, index, "", " ".join(str(error).split())) for index in batch.indices]
+                continue
             assert session.trace is not None  # a prefill with images just ran
-            full = full or said
+            full = full or said.checked("the full model's")
             if number in wanted:
                 yield self._records(number, batch, said, full, session.trace)
 
     def _records(self, number: int, batch: Batch, said: Answers, full: Answers, trace: Any) -> list[Record]:
+        # Rounding makes the KL of equals a little negative; clamp_min leaves NaN as it is.
         kl = next_token_divergence(said.log_probs, full.log_probs).clamp_min(0).tolist()
         bills = sample_costs(self.vlm, trace, batch.inputs)
         return [
-            Record(
+            self._failed(number, index, text, _NO_NUMBERS)
+            if not sound
+            else Record(
                 contestant=self.contestants[number].id,
                 sample=index,
                 predicted=text,
@@ -135,10 +152,14 @@ class Runner:
                 flops_total=_known(bill.flops_total),
                 kv_bytes=_known(bill.kv_bytes),
             )
-            for index, text, reference, divergence, bill in zip(
-                batch.indices, said.texts, full.texts, kl, bills, strict=True
+            for index, text, sound, reference, divergence, bill in zip(
+                batch.indices, said.texts, said.sound, full.texts, kl, bills, strict=True
             )
         ]
+
+    def _failed(self, number: int, sample: int, predicted: str, error: str) -> Record:
+        unknown = dict.fromkeys(("kl", "visual_tokens", "entering", "after", "flops", "flops_total", "kv_bytes"))
+        return Record(self.contestants[number].id, sample, predicted, 0.0, False, **unknown, error=error)
 
     def largest(self, count: int) -> list[Batch]:
         """The `count` largest batches, for timing."""

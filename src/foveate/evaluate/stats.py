@@ -56,6 +56,8 @@ class Clusters:
         otherwise 9,999 of them.
         """
         sums = self._sums(ours - theirs)
+        if not np.isfinite(sums).all():
+            raise ValueError("scores that are no numbers cannot be compared")
         sums = sums[np.abs(sums) > 1e-12]
         if not len(sums):
             return 1.0

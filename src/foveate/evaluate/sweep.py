@@ -62,7 +62,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}".encode())
         some = value.detach().flatten()[:: max(1, value.numel() // 16)]
-        digest.update(repr(some.double().tolist()).encode())
+        digest.update(repr(some.cpu().double().tolist()).encode())
     return digest.hexdigest()[:16]
 
 
@@ -134,7 +134,8 @@ def sweep(
             watch.wait(progress)
         records = _in_order(runner, folder)
         folder.arrange(records)
-        times = _times(folder, runner, timing_batches, timing_repeats, timing_progress)
+        failed = {record.contestant for record in records if record.error}
+        times = _times(folder, runner, failed, timing_batches, timing_repeats, timing_progress)
         rows = results.rows(plan.contestants[1:], asked.samples, asked.data, asked.metrics, records, times)
         result = {
             "model": plan.model,
@@ -180,11 +181,14 @@ def _in_order(runner: Runner, folder: Folder) -> list[Record]:
 
 
 def _times(
-    folder: Folder, runner: Runner, batches: int, repeats: int, progress: Progress | None
+    folder: Folder, runner: Runner, failed: set[str], batches: int, repeats: int, progress: Progress | None
 ) -> dict[str, dict[str, Any]]:
-    """Prefill times of the first seed of each row, taken anew if any is missing: they only compare within one run."""
+    """Prefill times of the first seed of each row, taken anew if any is missing: they only compare within one run.
+
+    Those that `failed` are not timed.
+    """
     first = {each.row: number for number, each in reversed(list(enumerate(runner.contestants)))}
-    chosen = sorted(first.values())
+    chosen = sorted(number for number in first.values() if runner.contestants[number].id not in failed)
     wanted = [runner.contestants[number].id for number in chosen]
     times = folder.times()
     if not (batches and repeats):

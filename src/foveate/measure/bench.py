@@ -73,6 +73,7 @@ class Measured:
         runs: the timed answers, one per repeat, in the order of the repeats.
         peak: memory in one more answer.
         counted: FLOPs of the prefill as torch counts them on eager attention, if asked for.
+        error: why nothing else is known of this method.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Measured:
     runs: list[Run] = field(default_factory=list)
     peak: Peak = field(default_factory=Peak)
     counted: int | None = None
+    error: str = ""
 
     def times(self, what: str) -> list[float]:
         """Milliseconds of the field `what` of `Timing`, by repeat."""
@@ -121,10 +123,11 @@ def bench(
         counted: also let torch count the FLOPs of a prefill on eager attention (one more prefill each).
 
     Returns:
-        The unreduced model, the methods in their order, the limit.
+        The unreduced model, the methods in their order, the limit. A method whose logits are no numbers has an `error`
+        and no times.
 
     Raises:
-        UnsupportedError: whatever `apply` raises, or inputs without an image.
+        UnsupportedError: whatever `apply` raises, inputs without an image, or a model that answers NaN unreduced.
     """
     everyone = [Measured(FULL, None), *(Measured(name, reducer) for name, reducer in methods.items())]
     everyone.append(Measured(LIMIT, NoVisual()))
@@ -137,15 +140,20 @@ def bench(
             progress(done, rounds * len(everyone))
 
     for each in everyone:
-        run = timed(model, inputs, each.reducer, new_tokens)
+        run = timed(model, inputs, each.reducer, new_tokens, check=True)
         _describe(each, model, inputs, run.trace)
+        if not run.sound:
+            each.error = f"{each.name}: logits are NaN or infinite"
+            if each.name in (FULL, LIMIT):
+                raise UnsupportedError(each.error)
         advance()
+    sound = [each for each in everyone if not each.error]
     for turn in range(repeats):
-        for each in everyone[:: -1 if turn % 2 else 1]:
+        for each in sound[:: -1 if turn % 2 else 1]:
             each.runs.append(timed(model, inputs, each.reducer, new_tokens))
             advance()
     device = next(resolve(model).model.parameters()).device
-    for each in everyone:
+    for each in sound:
         with peak_memory(device) as each.peak:
             timed(model, inputs, each.reducer, new_tokens)
         each.counted = counted_flops(model, inputs, each.reducer) if counted else None

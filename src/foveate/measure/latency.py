@@ -24,6 +24,7 @@ from ..engine.families.parts import Anatomy, resolve
 from ..engine.session import apply
 from ..engine.stopwatch import watched
 from ..engine.trace import Trace
+from ..ops.logits import has_softmax
 from ..reduction import Reducer, UnsupportedError
 
 __all__ = ["Run", "Timing", "timed"]
@@ -64,6 +65,8 @@ class Run:
     """None for the unreduced model."""
     cache_bytes: int
     """Keys and values at the end of the answer, as stored."""
+    sound: bool = True
+    """Whether all logits were numbers, as far as that was checked."""
 
 
 class _Watch:
@@ -148,7 +151,9 @@ class _Marks:
 
 
 @torch.inference_mode()
-def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_tokens: int = 16) -> Run:
+def timed(
+    model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_tokens: int = 16, check: bool = False
+) -> Run:
     """Answer once with exactly `new_tokens` tokens (greedy), and say where the time went.
 
     Args:
@@ -156,6 +161,7 @@ def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_to
         inputs: what `generate` is called with.
         reducer: the method, None for the unreduced model.
         new_tokens: tokens of the answer, at least 1.
+        check: also look for NaN and infinite logits, which takes some time of the answer.
 
     Raises:
         UnsupportedError: whatever `apply` raises; another device than a CPU or CUDA.
@@ -167,7 +173,7 @@ def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_to
     watch = _Watch(device)
     marks = _Marks(anatomy, watch)
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "num_beams": 1}
-    options |= {"do_sample": False, "use_cache": True}
+    options |= {"do_sample": False, "use_cache": True, "output_logits": check}
     if getattr(model.generation_config, "pad_token_id", None) is None:
         options["pad_token_id"] = 0
     with apply(model, reducer) if reducer is not None else nullcontext() as session, marks.installed():
@@ -197,7 +203,8 @@ def timed(model: Any, inputs: Mapping[str, Any], reducer: Reducer | None, new_to
         total_cpu=1000 * (end_cpu - start_cpu),
     )
     layers = getattr(returned_cache(output), "layers", ())
-    return Run(timing, trace, sum(layer.keys.nbytes + layer.values.nbytes for layer in layers))
+    sound = all(bool(has_softmax(logits).all()) for logits in output.logits or ())
+    return Run(timing, trace, sum(layer.keys.nbytes + layer.values.nbytes for layer in layers), sound)
 
 
 def _wait(watch: _Watch) -> None:

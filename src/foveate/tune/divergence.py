@@ -18,8 +18,9 @@ def next_token_divergence(reduced_logits: Tensor, full_logits: Tensor) -> Tensor
         full_logits: (..., V), of a shape that broadcasts with the first.
 
     Returns:
-        (...) float32; tokens that the reduced model rules out altogether count nothing.
+        (...) float32; tokens that the reduced model rules out altogether count nothing. NaN where one of the two has
+        no distribution (`ops.logits.has_softmax`).
     """
     reduced, full = reduced_logits.float().log_softmax(-1), full_logits.float().log_softmax(-1)
     probability = reduced.exp()
-    return torch.where(probability > 0, probability * (reduced - full), 0.0).sum(-1)
+    return torch.where(probability == 0, 0.0, probability * (reduced - full)).sum(-1)

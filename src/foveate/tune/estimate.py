@@ -132,12 +132,19 @@ def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple
 
 
 def refuted(margins: Sequence[float], gaps: Sequence[float], kl: Sequence[float], bounds: Bounds) -> bool:
-    """Whether a candidate that is good enough would have done so badly on these samples in one case of a hundred."""
+    """Whether a candidate that is good enough would have done so badly on these samples in one case of a hundred.
+
+    NaN, and an infinite divergence where one is bounded, refute it at once.
+    """
     n = len(gaps)
+    if any(map(math.isnan, (*gaps, *kl))):
+        return True
     if bounds.max_changed is not None:
         changed = sum(gap < 0 for gap in gaps)
         if changed and 1 - _fewer(changed, n, bounds.max_changed) < _REFUTED_AT:
             return True
+    if bounds.max_divergence is not None and math.inf in kl:
+        return True
     if bounds.max_divergence is not None and n >= 8:
         mean = sum(kl) / n
         spread = math.sqrt(sum((value - mean) ** 2 for value in kl) / (n - 1) / n)
@@ -209,4 +216,6 @@ def _bisect(below: Callable[[float], bool]) -> float:
 def _over(value: float, bound: float | None) -> float:
     if bound is None:
         return 0.0
+    if math.isnan(value):
+        return math.inf
     return value / bound if bound else (0.0 if value <= 0 else math.inf)

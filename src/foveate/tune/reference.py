@@ -26,6 +26,7 @@ from ..engine.compat import given_cache, returned_cache
 from ..engine.families.parts import resolve
 from ..engine.session import apply
 from ..engine.trace import Trace
+from ..ops.logits import has_softmax
 from ..reduction import BEFORE_LAYERS, Reducer, UnsupportedError
 from ._patching import evaluating, replaced
 from .cost import bill
@@ -70,6 +71,9 @@ class Reference:
         tokens: (B, T) long, the greedy answers; -1 behind the end of one.
         margins: (B,) float32, `Outcome.gaps` of the full model itself: at least 0.
         bill: of the full model's prefill.
+
+    Raises:
+        UnsupportedError: a model without language-model head, a prompt without visual token, or an answer of NaN.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, max_new_tokens: int = 16, prefix: int = 0):
@@ -88,6 +92,7 @@ class Reference:
             output = self._generate(reader)
         answers = output.sequences[:, self.length :]
         self.tokens = torch.where(_until_end(answers, self._ends()), answers, -1)
+        _check(reader.scores, self.tokens, "the full model's")
         self._scores = reader.scores
         self._cache = self._prompt_cache(returned_cache(output))
         self._layers = self._layers[: len(self._cache)]
@@ -102,7 +107,8 @@ class Reference:
             share: False computes everything anew; the outcome is the same.
 
         Raises:
-            OptionError, UnsupportedError: the method cannot work in this model, or there is no visual token.
+            OptionError, UnsupportedError: the method cannot work in this model, there is no visual token, or the
+                reduced model answers NaN.
         """
         reader = _Scores(self.length, self.tokens)
         with contextlib.ExitStack() as stack:
@@ -121,6 +127,7 @@ class Reference:
             trace = session.trace
         if trace is None:
             raise UnsupportedError("the prompt holds no visual token, so there is nothing to reduce")
+        _check(reader.scores, self.tokens, "the reduced model's")
         kl = next_token_divergence(reader.scores[0], self._scores[0])
         return Outcome(_gaps(reader.scores, self.tokens), kl.cpu(), trace, skipped, tower_ran)
 
@@ -207,6 +214,14 @@ class _Scores(LogitsProcessor):
             return scores
         wanted = self.tokens[:, input_ids.shape[1] - self.length].clamp_min(0)
         return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+
+def _check(scores: Sequence[Tensor], tokens: Tensor, whose: str) -> None:
+    """Raise `UnsupportedError` if the scores of a token of an answer are NaN or infinite."""
+    sound = torch.stack([has_softmax(each) for each in scores], 1)
+    broken = (~sound & (tokens >= 0)[:, : sound.shape[1]]).any(1)
+    if bool(broken.any()):
+        raise UnsupportedError(f"{whose} logits are NaN or infinite in {int(broken.sum())} of {len(broken)} answers")
 
 
 def _gaps(scores: Sequence[Tensor], tokens: Tensor) -> Tensor:

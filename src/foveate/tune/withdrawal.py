@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..engine.families.parts import Anatomy, resolve
 from ..engine.session import apply
+from ..ops.logits import has_softmax
 from ..reduction import Decision, OptionError, Reducer, UnsupportedError, View
 from ._patching import evaluating, replaced
 from .divergence import next_token_divergence
@@ -55,11 +56,12 @@ def withdrawal_curve(
 
     Returns:
         float32 (n_samples, n_layers - first_layer) in nats, on the CPU; column j is K = first_layer + j, and n_samples
-        counts the rows of all batches. Rows without an image are zero.
+        counts the rows of all batches. Rows without an image are zero; NaN where the model without its visual tokens
+        answers NaN.
 
     Raises:
         OptionError: `first_layer` is no layer of this model, there is no batch, or a batch has no visual token.
-        UnsupportedError: the model cannot be reduced, or has no language-model head.
+        UnsupportedError: the model cannot be reduced, has no language-model head, or answers NaN by itself.
     """
     anatomy = resolve(model, text_only=visual is not None)
     if isinstance(first_layer, bool) or not isinstance(first_layer, int) or not 0 <= first_layer < anatomy.depth:
@@ -86,6 +88,8 @@ def withdrawal_curve(
                 if progress is not None:
                     progress(done, total)
             full, *reduced = columns
+            if not bool(has_softmax(full).all()):
+                raise UnsupportedError(f"batch {number}: the full model's logits are NaN or infinite")
             rows.append(next_token_divergence(torch.stack(reduced, 1), full[:, None]).cpu())
     return torch.cat(rows)
 
@@ -99,7 +103,7 @@ def choose_layer(curve: Tensor, eta: float = DEFAULT_ETA, first_layer: int = 5) 
         first_layer: K of the first column.
 
     Returns:
-        K counted from 0, or None: withdraw nothing, no layer qualifies.
+        K counted from 0, or None: withdraw nothing, no layer qualifies. A layer whose mean is NaN never does.
     """
     mean = curve.mean(0) if curve.dim() == 2 else curve
     good = (mean <= eta).nonzero()

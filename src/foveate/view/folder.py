@@ -100,7 +100,8 @@ class Results:
     Attributes:
         samples: `samples.jsonl`, in order.
         records: the answers, by contestant and sample.
-        entries: without the full model; empty unless finished.
+        entries: without the full model and those that failed; empty unless finished.
+        failed: id -> error of the settings without a result.
         full: the full model; None unless finished.
         times: contestant id -> {"prefill_ms", "q1", "q3", "runs"}.
         started, ended: when the plan and the result were written.
@@ -110,6 +111,7 @@ class Results:
     samples: Sequence[Mapping[str, Any]]
     records: Mapping[tuple[str, int], Record]
     entries: Sequence[Entry]
+    failed: Mapping[str, str]
     full: Entry | None
     times: Mapping[str, Mapping[str, Any]]
     started: datetime
@@ -154,7 +156,10 @@ def read(path: str | Path) -> Results:
     samples = _samples(folder.path / "samples.jsonl")
     result = _result(folder.path / "result.json")
     try:
-        entries = [] if result is None else list(_entries(plan, result["rows"], records, len(samples)))
+        rows = [] if result is None else result["rows"]
+        failed = {row["id"]: row["error"] for row in rows if row.get("error")}
+        sound = [row for row in rows if row["id"] not in failed]
+        entries = list(_entries(plan, sound, records, len(samples)))
     except (KeyError, TypeError, IndexError) as error:
         raise SweepError(f"{folder.path / 'result.json'}: does not fit its sweep ({error!r})") from error
     full = next((entry for entry in entries if entry.method == FULL.method), None)
@@ -165,6 +170,7 @@ def read(path: str | Path) -> Results:
         samples=samples,
         records=records,
         entries=[entry for entry in entries if entry is not full],
+        failed=failed,
         full=full,
         times=folder.times(),
         started=_written(folder.path / "sweep.json"),

@@ -141,10 +141,15 @@ def _command(results: Results) -> str:
 
 
 def _refused(results: Results) -> list[str]:
-    if not results.plan.refused:
-        return []
-    about = paragraph("These were asked for, and this model cannot serve them.", "soft")
-    return [_section("refused", "Left out", about, tables.refused(results))]
+    found = []
+    if results.failed:
+        about = paragraph("These were asked for, and no numbers can be given for them.", "soft")
+        found.append(_section("failed", "Failed", about, tables.reasons(results.failed, "Settings that failed")))
+    if results.plan.refused:
+        about = paragraph("These were asked for, and this model cannot serve them.", "soft")
+        left_out = {each["id"]: each["reason"] for each in results.plan.refused}
+        found.append(_section("refused", "Left out", about, tables.reasons(left_out, "Settings left out")))
+    return found
 
 
 def _plots(results: Results) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -21,7 +22,7 @@ __all__ = [
     "by_kind",
     "facts",
     "progress",
-    "refused",
+    "reasons",
     "rows",
     "versus",
 ]
@@ -133,10 +134,10 @@ def progress(results: Results) -> str:
     return table(heads, found, "Answers until now")
 
 
-def refused(results: Results) -> str:
-    """Settings that the model cannot serve, and why."""
-    found = [[Cell(row["id"]), Cell(row["reason"], css="words")] for row in results.plan.refused]
-    return table(["setting", "why"], found, "Settings left out")
+def reasons(known: Mapping[str, str], label: str) -> str:
+    """Settings without numbers, by id, and why."""
+    found = [[Cell(setting), Cell(reason, css="words")] for setting, reason in known.items()]
+    return table(["setting", "why"], found, label)
 
 
 # --------------------------------------------------------------------------------------------------------- results

@@ -9,8 +9,9 @@
       model: zoo:tiny-llava
 
 Several methods in one model (`Chain`) are a list under `chain:` in place of `method:` and `options:`, each item with
-its own `method:` and `options:`. `method: full` is the unreduced model. Only plain values can be written; nothing in a
-file is ever executed.
+its own `method:` and `options:`. `method: full` is the unreduced model. A method from outside has the name of its entry
+point, or is written `module:Class`, which imports that module. Only plain values can be written; nothing in a file is
+ever executed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import yaml
 
 from .files import write_whole
 from .reducers.chain import Chain
-from .reduction import OptionError, Reducer, UnsupportedError, build
+from .reduction import OptionError, Reducer, UnsupportedError, build, name_of
 
 __all__ = ["FULL", "FullModel", "RecipeError", "describe", "load", "provenance", "save"]
 
@@ -116,9 +117,10 @@ def describe(reducer: Reducer) -> dict[str, Any]:
         return {"chain": [describe(member) for member in reducer.members]}
     if isinstance(reducer, FullModel):
         return {"method": FULL}
-    if not reducer.name or not dataclasses.is_dataclass(reducer):
-        raise OptionError(f"{type(reducer).__name__} is not known by name; register it to put it into a recipe")
-    options = {}
+    name = name_of(type(reducer))
+    options: dict[str, Any] = {}
+    if not dataclasses.is_dataclass(reducer):
+        raise OptionError(f"{name} is no dataclass, so its options cannot be read off it")
     for field in dataclasses.fields(reducer):
         value = getattr(reducer, field.name)
         if (
@@ -127,8 +129,8 @@ def describe(reducer: Reducer) -> dict[str, Any]:
             or (type(value) is type(field.default) and value == field.default)
         ):
             continue
-        options[field.name] = _plain(f"{reducer.name}: option {field.name}", value)
-    return {"method": reducer.name, "options": options} if options else {"method": reducer.name}
+        options[field.name] = _plain(f"{name}: option {field.name}", value)
+    return {"method": name, "options": options} if options else {"method": name}
 
 
 # -------------------------------------------------------------------------------------------------------- reading

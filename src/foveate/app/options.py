@@ -18,7 +18,7 @@ from torch import nn
 from ..engine.session import apply
 from ..reduction import OptionError, UnsupportedError, build, info, names, options
 
-__all__ = ["Choice", "Controls", "controls", "describe", "parse_options", "usable_methods"]
+__all__ = ["Choice", "Controls", "controls", "describe", "offered", "parse_options", "usable_methods"]
 
 _OUTSIDE_BRACKETS = re.compile(r"[,;\n](?![^\[]*\])")
 
@@ -62,8 +62,8 @@ def usable_methods(model: nn.Module) -> list[str]:
 
 
 def controls(method: str, depth: int) -> Controls:
-    """The controls of `method` for a decoder of `depth` layers. Raises `OptionError` for an unknown method."""
-    known = options(method)
+    """The controls of `method` for a decoder of `depth` layers. Raises `OptionError` for a method not offered."""
+    known = options(offered(method))
     layer = choice = None
     default = known.get("layer")
     if isinstance(default, int):
@@ -93,9 +93,16 @@ def _hints(method: str) -> Mapping[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def offered(method: str) -> str:
+    """`method`, if it is one of those listed: a visitor's `module:Class` imports nothing. Raises `OptionError`."""
+    if method not in names():
+        raise OptionError(f"unknown method {method!r}; known: {', '.join(names())}")
+    return method
+
+
 def describe(method: str) -> str:
     """One sentence: where the method acts, what it reads, and its paper."""
-    about = info(method)
+    about = info(offered(method))
     guided = "guided by the question" if about.text_guided else "not guided by the question"
     reads = "reads nothing" if about.needs == "nothing" else f"needs: {about.needs}"
     return f"Works {about.acts}; {reads}; {guided}. {about.paper}"

@@ -25,6 +25,7 @@ from ..evaluate.data import DataError, Sample, open_image
 from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError, build
 from .answer import Job, Stopped, Times, generate, time_both
+from .options import offered
 
 __all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "Stopped", "explain", "read_image"]
 
@@ -213,7 +214,7 @@ class Runner:
         image = read_image(question.image)
         if not question.text.strip():
             raise AskError("Type a question first.")
-        reducer = build(question.method, keep=question.keep, **question.options)
+        reducer = build(offered(question.method), keep=question.keep, **question.options)
         now = Progress(question, "Waiting for the model", image)
         job.emit(now)
         with self._turn(job):

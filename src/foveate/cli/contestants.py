@@ -8,6 +8,7 @@ from typing import Any
 
 import foveate
 
+from ..reduction import info
 from .shell import CommandError, option_value
 
 __all__ = ["entries"]
@@ -60,8 +61,7 @@ def _common(option: Sequence[str]) -> dict[str, dict[str, Any]]:
         method, dot, name = place.strip().rpartition(".")
         if not (equals and dot and name):
             raise CommandError(f"option {text!r}: write it as method.name=value")
-        if method not in foveate.names():
-            foveate.build(method)  # raises the error that lists the known ones
+        info(method)  # raises the error that lists the known ones
         common.setdefault(method, {})[name.replace("-", "_")] = option_value(value.strip())
     return common
 

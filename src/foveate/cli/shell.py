@@ -115,7 +115,7 @@ def _root(
 
 # --------------------------------------------------------------------------------------------------- common options
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
-MethodOption = Annotated[str, typer.Option("--method", "-m", help="A name from `foveate methods`.")]
+MethodOption = Annotated[str, typer.Option("--method", "-m", help="A name from `foveate methods`, or module:Class.")]
 KeepOption = Annotated[
     str | None,
     typer.Option("--keep", "-k", metavar="N|F", help="Visual tokens per image (192) or their fraction (0.33)."),

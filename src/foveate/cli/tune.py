@@ -11,6 +11,7 @@ import typer
 
 import foveate
 
+from ..reduction import info
 from .shell import CommandError, JsonOption, progress, say, table, writable, write_json
 
 __all__ = ["tune"]
@@ -70,8 +71,8 @@ def tune(
     """
     for path in (json, out):
         writable(path)
-    if method is not None and method not in foveate.names():
-        foveate.build(method)  # raises the error that lists the known ones
+    if method is not None:
+        info(method)  # raises the error that lists the known ones
     if method is not None and methods is not None:
         raise CommandError("give --method or --methods, not both")
     search_only = (methods, max_changed, out, check_data)

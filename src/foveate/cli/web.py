@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..reduction import info
 from .shell import CommandError, JsonOption, say, writable, write_json
 
 __all__ = ["web"]
@@ -19,6 +20,10 @@ def web(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=_LAST_PORT, help="Port to listen at; 0: a free one.")] = 7860,
     model: Annotated[str, typer.Option(help="Model to begin with: Hub id, folder or zoo:NAME.")] = "zoo:tiny-llava",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", metavar="MODULE:CLASS", help="Offer this method as well; repeatable."),
+    ] = None,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")] = False,
     json: JsonOption = None,
 ) -> None:
@@ -29,6 +34,8 @@ def web(
     Example: foveate app --port 7861 --no-browser
     """
     writable(json)
+    for name in method or ():
+        info(name)  # from now on it is listed
     try:
         from ..app.page import AddressError, serve
     except ImportError as error:

@@ -21,9 +21,11 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from ..reduction import type_of
 from . import data as datasets
 from . import results
 from .answer import VLM
+from .contestants import CHAIN
 from .costs import prefill_spreads
 from .data import Sample
 from .metrics import choose
@@ -126,10 +128,11 @@ def sweep(
     Raises:
         SweepError: the folder holds another sweep, cannot be used, or a process failed.
     """
+    modules = _modules(plan) if workers > 1 else []
     with folder.locked():
         folder.begin(plan, asked.samples, asked.data)
         runner = runner_of(plan, vlm, asked, share_vision)
-        with shared_threads(workers), _helpers(folder, workers, share_vision) as watch:
+        with shared_threads(workers), _helpers(folder, workers, share_vision, modules) as watch:
             run_shard(folder, runner, 0, workers, lambda done, total: watch(done, total, progress))
             watch.wait(progress)
         records = _in_order(runner, folder)
@@ -238,18 +241,30 @@ class _Watch:
             time.sleep(0.2)
 
 
+def _modules(plan: Plan) -> list[str]:
+    """Modules of methods from outside, which a further process has to import before it knows their names."""
+    methods = {each.method for each in plan.contestants[1:]} - {CHAIN}
+    members = [each["method"] for c in plan.contestants if c.method == CHAIN for each in c.options["members"]]
+    modules = {type_of(method).__module__: method for method in sorted({*methods, *members})}
+    if "__main__" in modules:
+        raise SweepError(f"method {modules['__main__']} is defined in a script: workers cannot import it, use 1 worker")
+    return [module for module in modules if module.partition(".")[0] != __name__.partition(".")[0]]
+
+
 @contextlib.contextmanager
-def _helpers(folder: Folder, workers: int, share_vision: bool) -> Iterator[_Watch]:
+def _helpers(folder: Folder, workers: int, share_vision: bool, modules: Sequence[str]) -> Iterator[_Watch]:
     """The processes beside this one. They end when it ends: their standard input closes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)}
     processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
     with contextlib.ExitStack() as stack:
         try:
             for number in range(1, workers):
                 command = [sys.executable, "-m", "foveate.evaluate.worker", str(folder.path), str(number), str(workers)]
                 log = stack.enter_context(tempfile.TemporaryFile())
-                options = [] if share_vision else ["--no-share-vision"]
+                command += [f"--import={module}" for module in modules]
+                command += [] if share_vision else ["--no-share-vision"]
                 process = subprocess.Popen(
-                    command + options, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
+                    command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
                 )
                 processes.append((process, log))
             yield _Watch(folder, processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import threading
@@ -23,9 +24,12 @@ def main() -> None:
     parser.add_argument("number", type=int)
     parser.add_argument("workers", type=int)
     parser.add_argument("--no-share-vision", action="store_true")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module that registers a method")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    for module in arguments.modules:
+        importlib.import_module(module)
     folder = Folder(arguments.folder)
     plan = folder.plan()
     vlm = load(plan.model, plan.dtype, plan.device)  # type: ignore[arg-type]

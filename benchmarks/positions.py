@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     vlm, samples = load("zoo:tiny-llava"), load_data("scenes", options.samples, 1)
     for method in METHODS:
-        for positions in ("keep", "compact"):
+        for positions in ("keep", "renumber"):
             found = right(vlm, samples, with_positions(method, options.keep, positions))
             where = [hit for kind, hit in found if kind == "where"]
             print(

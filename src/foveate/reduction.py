@@ -19,6 +19,7 @@ import math
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -57,7 +58,8 @@ __all__ = [
 BEFORE_LAYERS = -1
 """The stage before decoder layer 0. Stage `i >= 0` is "after decoder layer `i`"."""
 
-Positions = Literal["keep", "compact", "renumber"]
+Positions = Literal["keep", "renumber"]
+"""How what is left is numbered: as it was, or anew, without gaps, in each layer and while decoding."""
 
 
 # ------------------------------------------------------------------------------------------------------- errors
@@ -71,6 +73,18 @@ class BudgetError(ValueError):
 
 class OptionError(ValueError):
     """A method was asked for by an unknown name or with an unknown or impossible option."""
+
+
+def known_positions(positions: Any) -> Any:
+    """`positions` by its present name: "compact" is an old one of "renumber", and a DeprecationWarning says so."""
+    if not (isinstance(positions, str) and positions == "compact"):
+        return positions
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    message = "positions='compact' is an old name of 'renumber'"
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
+    return "renumber"
 
 
 # ------------------------------------------------------------------------------------------------------- budget
@@ -312,6 +326,9 @@ class Decision:
     scores: Tensor | None = None
     positions: Positions | None = None
 
+    def __post_init__(self) -> None:
+        self.positions = known_positions(self.positions)
+
 
 class Reducer:
     """A method: it says where it acts and what it reads, and decides what stays.
@@ -361,6 +378,10 @@ def bind(method: _B, anatomy: Anatomy) -> _B:
     prepare = getattr(bound, "prepare", None)
     if prepare is not None:
         prepare(anatomy)
+    if getattr(bound, "positions", None) == "compact":
+        if any(stage != BEFORE_LAYERS for stage in getattr(bound, "stages", ())):
+            raise UnsupportedError("positions='compact' is for removal before layer 0 only; use positions='renumber'")
+        bound.positions = known_positions(bound.positions)  # type: ignore[attr-defined]
     return bound
 
 

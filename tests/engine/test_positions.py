@@ -1,6 +1,8 @@
-"""Three ways to number what is left: as it was, as if the rest had never been, or by what each layer stores."""
+"""Two ways to number what is left: as it was, or anew, by what each layer stores."""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
@@ -26,9 +28,8 @@ NO_PLACEHOLDER = {"suppress_tokens": [150, 151]}
 @torch.no_grad()
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ONE_AXIS + PREFIX_MASK)
-@pytest.mark.parametrize("positions", ["compact", "renumber"])
-def test_before_the_layers_it_is_a_shorter_prompt(name: str, impl: str, positions: str):
-    """Ragged, left-padded rows; before layer 0 the two ways of numbering anew are the same."""
+def test_before_the_layers_it_is_a_shorter_prompt(name: str, impl: str):
+    """Ragged, left-padded rows."""
     model = build_once(name, impl)
     prompt = inputs(name, model)
     removed = draw_removed(prompt["input_ids"], {-1: [5, 3]})
@@ -44,7 +45,7 @@ def test_before_the_layers_it_is_a_shorter_prompt(name: str, impl: str, position
         return greedy(model, given, **NO_PLACEHOLDER)[1]
 
     expected = decode(short)
-    with foveate.apply(model, Fixed(removed, positions)):
+    with foveate.apply(model, Fixed(removed, "renumber")):
         actual = decode(prompt)
     with foveate.apply(model, Fixed(removed)):
         at_their_old_places = decode(prompt)
@@ -82,19 +83,17 @@ def test_the_slow_llama_is_a_llama():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["compact", "renumber"])
-def test_keeping_everything_renumbers_nothing(positions: str):
+def test_keeping_everything_renumbers_nothing():
     model = build_once("llava")
     prompt = inputs("llava", model)
     removed = draw_removed(prompt["input_ids"], {-1: [16, 16]})
     expected = greedy(model, prompt)[1]
-    with foveate.apply(model, Fixed(removed, positions)):
+    with foveate.apply(model, Fixed(removed, "renumber")):
         assert torch.equal(greedy(model, prompt)[1], expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["compact", "renumber"])
-def test_renumbered_beams_follow_their_rows(positions: str):
+def test_renumbered_beams_follow_their_rows():
     """Counts differ by row, so they must move with the beams."""
     model = build_once("llava")
     prompt = inputs("llava", model)
@@ -102,47 +101,62 @@ def test_renumbered_beams_follow_their_rows(positions: str):
     short, _ = shorter_prompt(decoder_inputs(model, prompt), prompt["attention_mask"], removed)
     options = {"num_beams": 3, "output_scores": True, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(**short, **options, **NO_PLACEHOLDER)
-    with foveate.apply(model, Fixed(removed, positions)):
+    with foveate.apply(model, Fixed(removed, "renumber")):
         actual = model.generate(**prompt, **options, **NO_PLACEHOLDER)
     assert torch.equal(actual[:, -8:], expected[:, -8:])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["compact", "renumber"])
-def test_renumbered_prompt_lookup(positions: str):
+def test_renumbered_prompt_lookup():
     """Cropped candidates are not counted."""
     model = build_once("llava")
     prompt = inputs("llava", model, batch=1)
     removed = draw_removed(prompt["input_ids"], {-1: [5]})
-    with foveate.apply(model, Fixed(removed, positions)):
+    with foveate.apply(model, Fixed(removed, "renumber")):
         expected = greedy(model, prompt, steps=20)[0]
         actual = greedy(model, prompt, steps=20, prompt_lookup_num_tokens=4)[0]
     assert torch.equal(actual, expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["compact", "renumber"])
-def test_renumbered_without_a_cache(positions: str):
+def test_renumbered_without_a_cache():
     model = build_once("llava")
     prompt = inputs("llava", model)
     removed = draw_removed(prompt["input_ids"], {-1: [5, 3]})
-    with foveate.apply(model, Fixed(removed, positions)):
+    with foveate.apply(model, Fixed(removed, "renumber")):
         expected = greedy(model, prompt, **NO_PLACEHOLDER)[1]
         actual = greedy(model, prompt, use_cache=False, **NO_PLACEHOLDER)[1]
     assert largest(actual - expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SEVERAL_AXES)
-@pytest.mark.parametrize("positions", ["compact", "renumber"])
-def test_positions_on_several_axes_are_refused(name: str, positions: str):
+def test_positions_on_several_axes_are_refused(name: str):
     model = build_once(name)
     removed = {-1: torch.zeros(1, 4, dtype=torch.bool)}
     with pytest.raises(foveate.UnsupportedError, match="keep"):
-        foveate.apply(model, Fixed(removed, positions))
+        foveate.apply(model, Fixed(removed, "renumber"))
 
 
-def test_compact_is_for_the_stage_before_layer_0():
+@torch.no_grad()
+def test_compact_is_an_old_name():
+    """Of "renumber", before layer 0 only; whoever uses it is told, in his own file."""
     model = build_once("llava")
+    prompt = inputs("llava", model)
+    removed = draw_removed(prompt["input_ids"], {-1: [5, 3]})
+    with foveate.apply(model, Fixed(removed, "renumber")):
+        expected = greedy(model, prompt)[1]
+
+    class Says(Fixed):
+        def decide(self, view: foveate.View) -> foveate.Decision:
+            return foveate.Decision(super().decide(view).keep, positions="compact")
+
+    for reducer in (Fixed(removed, "compact"), Says(removed)):
+        with pytest.warns(DeprecationWarning, match="renumber") as said, foveate.apply(model, reducer):
+            assert torch.equal(greedy(model, prompt)[1], expected)
+        assert {warning.filename for warning in said} <= {__file__, warnings.__file__}
+        assert reducer.positions in ("compact", "keep"), "the method is what it was"
+    with pytest.warns(DeprecationWarning, match="renumber"):
+        assert foveate.Random(keep=4, positions="compact") == foveate.Random(keep=4, positions="renumber")
     with pytest.raises(foveate.UnsupportedError, match="compact"):
         foveate.apply(model, Fixed({1: torch.zeros(1, 4, dtype=torch.bool)}, "compact"))
 
@@ -154,6 +168,6 @@ def test_renumbering_within_an_exceeded_window_is_refused(name: str):
     prompt = inputs(name, model)
     untouched = model(**prompt).logits
     removed = draw_removed(prompt["input_ids"], {-1: [5, 3]})
-    with foveate.apply(model, Fixed(removed, "compact")), pytest.raises(foveate.UnsupportedError, match="window"):
+    with foveate.apply(model, Fixed(removed, "renumber")), pytest.raises(foveate.UnsupportedError, match="window"):
         model(**prompt)
     assert torch.equal(model(**prompt).logits, untouched)

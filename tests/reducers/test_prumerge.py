@@ -99,7 +99,7 @@ def test_keeping_everything(name: str, cls):
 
 
 @torch.no_grad()
-def test_positions_are_closed_up():
+def test_positions_are_renumbered():
     """Pruning alone equals a prompt in which the pruned tokens never were."""
     model = build_once("llava")
     inputs = families.inputs("llava", model, batch=2)

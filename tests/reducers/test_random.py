@@ -34,10 +34,10 @@ def test_it_is_the_model_that_never_looks_at_the_rest(name: str, layer: int):
     assert_exact(model, inputs, {layer: visual & ~kept}, reducer)
 
 
-def test_compact_equals_a_prompt_that_never_had_the_others():
+def test_renumbered_equals_a_prompt_that_never_had_the_others():
     model = build_once("llava")
     inputs = families.inputs("llava", model, batch=1)
-    with foveate.apply(model, foveate.Random(keep=5, positions="compact")) as session, torch.no_grad():
+    with foveate.apply(model, foveate.Random(keep=5, positions="renumber")) as session, torch.no_grad():
         actual = model(**inputs).logits[:, -1]
     left = session.trace.active(-1)[0]
     with torch.no_grad():

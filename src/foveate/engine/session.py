@@ -361,12 +361,10 @@ def _check(reducer: Reducer, anatomy: Anatomy) -> None:
     for layer in reducer.taps:
         if layer not in reducer.stages or layer < 0:
             raise OptionError(f"{kind}: a tap in layer {layer} needs a stage after that layer")
-    if reducer.positions not in ("keep", "compact", "renumber"):
-        raise OptionError(f"{kind}: positions={reducer.positions!r}; use 'keep', 'compact' or 'renumber'")
+    if reducer.positions not in ("keep", "renumber"):
+        raise OptionError(f"{kind}: positions={reducer.positions!r}; use 'keep' or 'renumber'")
     if reducer.positions == "keep":
         return
-    if reducer.positions == "compact" and any(stage != BEFORE_LAYERS for stage in reducer.stages):
-        raise UnsupportedError("positions='compact' is defined only for removal before layer 0 (stages = [-1])")
     if anatomy.mrope or not hasattr(anatomy.decoder, "rotary_emb"):
         raise UnsupportedError(
             f"{type(anatomy.model).__name__}: positions={reducer.positions!r} needs one-axis RoPE; use positions='keep'"

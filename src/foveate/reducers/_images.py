@@ -12,7 +12,7 @@ from ..reduction import Budget, Patches, Positions, View
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
 
-__all__ = ["by_block", "by_image", "can_close_up", "closed_up", "counts_per_image", "take"]
+__all__ = ["by_block", "by_image", "can_renumber", "counts_per_image", "renumber_if_possible", "take"]
 
 
 def _grouped(rows: Tensor, slots: Tensor, group: Tensor) -> Patches:
@@ -51,16 +51,16 @@ def by_block(view: View) -> Patches:
     return Patches(rows.to(device), slots.to(device), grids.to(device))
 
 
-def can_close_up(anatomy: Anatomy) -> bool:
-    """Whether positions can be counted anew: RoPE with one axis, no sliding window that a prompt might exceed."""
+def can_renumber(anatomy: Anatomy) -> bool:
+    """Whether positions can be renumbered: RoPE with one axis, no sliding window that a prompt might exceed."""
     if anatomy.mrope or not hasattr(anatomy.decoder, "rotary_emb"):
         return False
     return all(window is None for window in anatomy.sliding_windows)
 
 
-def closed_up(anatomy: Anatomy) -> Positions:
-    """Positions as if removed tokens had never been there ("compact") where the model allows it, else "keep"."""
-    return "compact" if can_close_up(anatomy) else "keep"
+def renumber_if_possible(anatomy: Anatomy) -> Positions:
+    """Positions as if removed tokens had never been there ("renumber") where the model allows it, else "keep"."""
+    return "renumber" if can_renumber(anatomy) else "keep"
 
 
 def counts_per_image(budget: Budget, images: Patches) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops.determinantal import determinantal_points
 from ..ops.diversity import order_mask
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, View, bind, register
-from ._images import by_block, by_image, closed_up, counts_per_image, take
+from ._images import by_block, by_image, counts_per_image, renumber_if_possible, take
 from ._layers import check_flag
 from .similarity import CompanionSimilarity, Question, Scorer, choose_scorer
 
@@ -35,7 +35,7 @@ class CDPruner(Reducer):
 
     S are the cosines of the projected features, r the relevance to the question, scaled to (0, 1] within each image.
     All crops of an image are one set, several images are chosen from one by one, everything in float32. Positions are
-    closed up ("compact"); with M-RoPE (Qwen-VL, GLM-4V) and sliding windows, for which there is no official code, they
+    closed up ("renumber"); with M-RoPE (Qwen-VL, GLM-4V) and sliding windows, for which there is no official code, they
     are kept.
 
     The official relevance is minus the cosine of CLIP's patch embeddings and CLIP's text embedding (the paper has a
@@ -78,7 +78,7 @@ class CDPruner(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         if isinstance(self._scorer, CompanionSimilarity):
             self._scorer = bind(self._scorer, anatomy)
 

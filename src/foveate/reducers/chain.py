@@ -110,7 +110,7 @@ def _join(first: Decision, second: Decision) -> Decision:
             again = (slots[:, :, None] == second.slots[:, None]).any(2)
             slots = torch.cat([slots.masked_fill(again, -1), second.slots], 1)
             values = torch.cat([values, second.values.to(values.dtype)], 1)
-    renumbered: Positions = "renumber" if {first.positions, second.positions} & {"renumber", "compact"} else "keep"
+    renumbered: Positions = "renumber" if "renumber" in (first.positions, second.positions) else "keep"
     scores = first.scores if second.scores is None else second.scores
     return Decision(keep, slots, values, _compose(first, second), scores, renumbered)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..ops.diversity import farthest_points, order_mask
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Reducer, View, register
-from ._images import by_image, closed_up, counts_per_image, take
+from ._images import by_image, counts_per_image, renumber_if_possible, take
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -27,9 +27,8 @@ class DivPrune(Reducer):
     The first token is the one whose nearest neighbour is farthest away, then always the one whose nearest chosen token
     is farthest away; the distance is 1 - cosine. Text plays no part. All crops of an image, and the learnt row ends
     between them, are one set; several images are chosen from one by one. Kept tokens are in the order of the prompt
-    (the published tables were made in the order of selection, issue #8 of the official code). Positions are closed up
-    ("compact"); with M-RoPE (Qwen-VL, GLM-4V) and sliding windows, for which there is no
-    official code, they are kept.
+    (the published tables were made in the order of selection, issue #8 of the official code). Positions are
+    renumbered; with M-RoPE (Qwen-VL, GLM-4V) and sliding windows, for which there is no official code, they are kept.
 
     Mended: the official code chooses a token again and again when there are fewer distinct vectors than `keep`, and it
     decides in the model's precision, which changes up to a third of the choice in bfloat16.
@@ -52,7 +51,7 @@ class DivPrune(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
 
     def decide(self, view: View) -> Decision | None:
         images = by_image(view)

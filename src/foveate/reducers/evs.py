@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from ..ops.fopru import best_tokens
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, UnsupportedError, View, register
-from ._images import by_block, by_image, closed_up, take
+from ._images import by_block, by_image, renumber_if_possible, take
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -34,7 +34,7 @@ class EVS(Reducer):
 
     The visual tokens themselves are compared, as they enter the language model. Frames keep as many tokens as changed
     in them, possibly none; images are left alone, and so are row ends. What drifts slowly is never kept: the frame
-    before is what counts, not the last one kept. Positions are closed up, with M-RoPE kept.
+    before is what counts, not the last one kept. Positions are renumbered, with M-RoPE kept.
 
     Mended: patches of identical frames differ by rounding errors, and the code lets these decide; here differences
     below 1e-5 are none, and of equal patches the earlier stays. Several videos in one call.
@@ -58,7 +58,7 @@ class EVS(Reducer):
     def prepare(self, anatomy: Anatomy) -> None:
         if not hasattr(anatomy.base, "get_video_features"):
             raise UnsupportedError(f"{type(anatomy.model).__name__} takes no videos, and EVS leaves images alone")
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
 
     def decide(self, view: View) -> Decision | None:
         frames, behind = _frames(view)

@@ -25,7 +25,7 @@ from ..reduction import (
     VisionSpec,
     register,
 )
-from ._images import closed_up
+from ._images import renumber_if_possible
 from ._tower import Blocks, feature_layer
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class FoPru(Reducer):
     Read in the layer that gives the features. "rank" keeps the most significant patches; "row" keeps whole rows of the
     image, those with the highest mean, and of the last row that fits in part the most significant patches, so that the
     budget is met exactly. Kept patches are in the order of the image. Every tile of an image has its share of `keep`,
-    learnt row ends go. Positions are closed up, with M-RoPE kept.
+    learnt row ends go. Positions are renumbered, with M-RoPE kept.
 
     The third party's code takes the attention given instead of the attention received where it varies more over the
     patches; as the weights of a query sum to one, that is never the case without a CLS token and hardly ever with one.
@@ -70,7 +70,7 @@ class FoPru(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         self._layer = feature_layer(anatomy)
         self.vision_taps = {self._layer: VisionSpec("received", key=self.faithful, query=self.faithful)}
 

@@ -24,7 +24,7 @@ from ..reduction import (
     View,
     register,
 )
-from ._images import by_block, by_image, closed_up, counts_per_image
+from ._images import by_block, by_image, counts_per_image, renumber_if_possible
 from ._merging import decide_by_groups, tower_leaders
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class AveragePool(Reducer):
     A block gets its share of `keep` by its number of patches; its grid is `pooled_grid` of that. Where no near-square
     grid has that many cells fewer tokens stay (121 for 128 of 24 x 24; of tiny images a good deal fewer), never more;
     `Trace` says how many. Cells differ by a row or a column where the grids do not divide. A pooled token lives at the
-    slot in the middle of its cell; learnt row ends (LLaVA-NeXT) are dropped. Positions are closed up ("compact"), kept
+    slot in the middle of its cell; learnt row ends (LLaVA-NeXT) are dropped. Positions are renumbered, kept
     with M-RoPE and sliding windows.
 
     Args:
@@ -80,7 +80,7 @@ class AveragePool(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
 
     def decide(self, view: View) -> Decision | None:
         images, blocks = by_image(view), by_block(view)
@@ -194,7 +194,7 @@ class Downsample(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         if anatomy.vision is None:
             raise UnsupportedError("there is no vision tower; give it a smaller image yourself")
         if isinstance(self.keep, int) and hasattr(anatomy.base, "pack_image_features"):

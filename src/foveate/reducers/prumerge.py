@@ -26,7 +26,7 @@ from ..reduction import (
     View,
     register,
 )
-from ._images import closed_up
+from ._images import renumber_if_possible
 from ._layers import check_flag
 from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
 
@@ -48,7 +48,7 @@ class PruMerge(Reducer):
     interquartile ranges, at least one, so that samples of a batch differ. Similarity is the cosine of that layer's
     keys. Merged features are projected and lie in the slot of the important patch. Where a visual token is made of
     several patches (Qwen-VL, InternVL), for which there is no official code, the visual tokens themselves are merged.
-    Tiles of an image are served one by one and share `keep` by their size. Positions are closed up, with M-RoPE kept.
+    Tiles of an image are served one by one and share `keep` by their size. Positions are renumbered, with M-RoPE kept.
 
     Mended: outliers are counted in each image, not in the batch; any number of tokens; pruned patches only are merged;
     attention is that of the model's own heads; no additional token (see `extra`).
@@ -90,7 +90,7 @@ class PruMerge(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         self._features = feature_layer(anatomy)
         self._keys, self.vision_taps = behind(self._features)
 

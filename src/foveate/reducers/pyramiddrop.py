@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops.attention import attention_rows
 from ..ops.select import top_k_mask, true_indices
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
-from ._images import can_close_up
+from ._images import can_renumber
 from ._layers import check_layers, resolve_layer
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class PyramidDrop(Reducer):
         self._depth, self._lists = depth, lists
         self.stages = tuple(sorted({layer - 1 for layers in lists for layer in layers}))
         one_axis = not anatomy.mrope and hasattr(anatomy.decoder, "rotary_emb")
-        self.positions = "renumber" if (can_close_up(anatomy) if self.renumber is None else self.renumber) else "keep"
+        self.positions = "renumber" if (can_renumber(anatomy) if self.renumber is None else self.renumber) else "keep"
         plain = one_axis and anatomy.text_config.model_type in _PLAIN_ATTENTION
         self._anatomy = anatomy if plain else None
         self.taps = {} if plain else {stage: TapSpec(queries="last") for stage in self.stages}

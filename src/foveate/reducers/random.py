@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..ops.select import top_k_mask
-from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError, Positions, Reducer, View, register
+from ..reduction import (
+    BEFORE_LAYERS,
+    Budget,
+    Decision,
+    MethodInfo,
+    OptionError,
+    Positions,
+    Reducer,
+    View,
+    known_positions,
+    register,
+)
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
@@ -54,8 +65,7 @@ class Random(Reducer):
         keep: visual tokens per image that stay (int), or their fraction (float in (0, 1]).
         layer: the stage: -1 before the language model, i after its decoder layer i; or a fraction of the depth.
         seed: any int of up to 64 bits.
-        positions: "keep" leaves positions as they were; "compact" (only before the language model) and "renumber" close
-            the gaps.
+        positions: "keep" leaves positions as they were, "renumber" closes the gaps.
         faithful: accepted like everywhere; there is no official code, so it changes nothing.
 
     Raises:
@@ -74,8 +84,9 @@ class Random(Reducer):
         check_layer(self.layer, BEFORE_LAYERS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise OptionError(f"seed={self.seed!r}: give an int")
-        if self.positions not in ("keep", "compact", "renumber"):
-            raise OptionError(f"positions={self.positions!r}: use 'keep', 'compact' or 'renumber'")
+        self.positions = known_positions(self.positions)
+        if self.positions not in ("keep", "renumber"):
+            raise OptionError(f"positions={self.positions!r}: use 'keep' or 'renumber'")
 
     def prepare(self, anatomy: Anatomy) -> None:
         self.stages = (resolve_layer(self.layer, anatomy.depth, BEFORE_LAYERS),)

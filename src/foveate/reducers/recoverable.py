@@ -27,7 +27,7 @@ from ..reduction import (
     bind,
     register,
 )
-from ._images import closed_up
+from ._images import renumber_if_possible
 from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
 from .similarity import Question, Scorer, choose_scorer, llm_similarity
 
@@ -59,7 +59,7 @@ class Recoverable(Reducer):
     attention received counts.
 
     Merged features are projected; where a visual token is made of several patches (Qwen-VL, InternVL) the visual tokens
-    themselves are merged. Tiles of an image are served one by one. Positions are closed up, with M-RoPE kept.
+    themselves are merged. Tiles of an image are served one by one. Positions are renumbered, with M-RoPE kept.
 
     Mended: the official code encodes the first line of the prompt (LLaVA's system prompt) instead of the question, and
     its state at the last padded place; compares centres with the keys of other patches; takes as many centres as the
@@ -121,7 +121,7 @@ class Recoverable(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         self._features = feature_layer(anatomy)
         self._keys, self.vision_taps = behind(self._features)
         if hasattr(self._score, "prepare"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops.bipartite import Merging, merge_schedule, soft_matching
 from ..ops.merging import soft_pairs
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, OptionError, Reducer, View, register
-from ._images import by_image, closed_up, counts_per_image
+from ._images import by_image, counts_per_image, renumber_if_possible
 from ._layers import check_flag, check_number
 from ._merging import check_tower, check_where, decide_by_merging, tower_leaders
 
@@ -108,7 +108,7 @@ class ToMe(Reducer):
             self.tower = _InTower(self._budget, self.r or 0, self.inflect, self.proportional)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         if self.where == "tower":
             check_tower(self.keep, anatomy)
 

@@ -28,7 +28,7 @@ from ..reduction import (
     VisionSpec,
     register,
 )
-from ._images import closed_up
+from ._images import renumber_if_possible
 from ._tower import Blocks, decide_at_home, decide_in_order, feature_layer, states
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class VisionZip(Reducer):
     token: attention received from all patches). Nearest is by the cosine of that layer's keys, averaged over the heads.
     A contextual token is the mean of its group; its features are projected, and it lies in the target's slot. Where a
     visual token is made of several patches (Qwen-VL, InternVL) the visual tokens themselves are averaged. Every tile of
-    an image has its share of `keep`, learnt row ends go. Positions are closed up, with M-RoPE kept.
+    an image has its share of `keep`, learnt row ends go. Positions are renumbered, with M-RoPE kept.
 
     Mended: the official code adds the mean of a group to its target, about twice the norm, and gives one token of the
     budget to the CLS token, on which LLaVA was never trained; it fails without contextual tokens, or with more of them
@@ -86,7 +86,7 @@ class VisionZip(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         self._layer = feature_layer(anatomy)
         self.vision_taps = {self._layer: VisionSpec(key=True, features=True)}
 

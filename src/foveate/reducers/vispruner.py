@@ -26,7 +26,7 @@ from ..reduction import (
     VisionSpec,
     register,
 )
-from ._images import closed_up
+from ._images import renumber_if_possible
 from ._tower import Blocks, feature_layer
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class VisPruner(Reducer):
     In a round the remaining patches at even places are compared with those at odd places, by the cosine of their
     features, and the eight that are most similar to one of them go. Attention is that of the CLS token (without one:
     attention received), averaged over the heads, in the layer that gives the features. Every tile of an image has its
-    share of `keep`, learnt row ends go. Positions are closed up, with M-RoPE kept.
+    share of `keep`, learnt row ends go. Positions are renumbered, with M-RoPE kept.
 
     Mended: the official code fails for an odd number of remaining patches. It orders them by similarity after each
     round, and as only even places may go, one rounding error changes a quarter of what stays; here they stay in the
@@ -75,7 +75,7 @@ class VisPruner(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        self.positions = closed_up(anatomy)
+        self.positions = renumber_if_possible(anatomy)
         self._layer = feature_layer(anatomy)
         self.vision_taps = {self._layer: VisionSpec(features=True)}
 

@@ -179,6 +179,8 @@ class Session:
             mask = kwargs.get("attention_mask")  # it spans the conversation, even if only a new turn's ids are given
             spanning = mask if isinstance(mask, Tensor) and mask.dim() == 2 else given
             self._prompt = spanning.shape[1] if isinstance(spanning, Tensor) else 0
+            if self.anatomy.own_generate and self.given is None and kwargs.get("input_ids") is not None:
+                self._placeholders = self.anatomy.find_placeholders(kwargs["input_ids"], None)
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -189,10 +191,9 @@ class Session:
     def _watch_placeholders(self, get_placeholder_mask: Callable) -> Callable:
         def watched(*args: Any, **kwargs: Any) -> Any:
             found = get_placeholder_mask(*args, **kwargs)
-            for mask in found if isinstance(found, tuple) else (found,):
-                if mask is not None:
-                    slots = mask[..., 0] if mask.dim() == 3 else mask
-                    self._placeholders = slots if self._placeholders is None else self._placeholders | slots
+            slots = self.anatomy.visual_of(found, kwargs.get("input_ids", args[0] if args else None))
+            if slots is not None:
+                self._placeholders = slots if self._placeholders is None else self._placeholders | slots
             return found
 
         return watched
@@ -232,8 +233,10 @@ class Session:
         self._placeholders, self._pass = None, None
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._called = {**kwargs, "input_ids": ids}
-        images = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
-        unseen = self.given is None and not hasattr(self.anatomy.base, "get_placeholder_mask")
+        images = (
+            "pixel_values", "pixel_values_videos", "image_pixel_values", "mm_encoder_outputs", "image_hidden_states"
+        )  # fmt: skip
+        unseen = self.given is None and self.anatomy.placeholders_by_id
         if unseen and any(kwargs.get(name) is not None for name in images):
             self._placeholders = self.anatomy.find_placeholders(ids, kwargs.get("inputs_embeds"))
 
@@ -281,6 +284,8 @@ class Session:
                 )
             return self.given.repeat_interleave(rows // self.given.shape[0], 0)
         slots = self._placeholders
+        if slots is not None and slots.shape[1] == length and rows % slots.shape[0] == 0:
+            slots = slots.repeat_interleave(rows // slots.shape[0], 0)  # beams of a generate() that goes round forward
         if slots is None or slots.shape != (rows, length) or not bool(slots.any()):
             return None
         return slots[:, : min(length, self._prompt - past)] if self._prompt > past else slots

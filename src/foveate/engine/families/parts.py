@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
 
 from ...reduction import UnsupportedError
+from .support import check_decoder, check_model, no_placeholders, takes_images
 
 __all__ = ["Anatomy", "resolve"]
 
@@ -35,7 +37,7 @@ class Anatomy:
         decoder: the text model; owns the layers and the rotary embedding.
         layers: its decoder layers.
         vision: the vision tower, None for a text-only decoder.
-        image_token_ids: placeholder ids of images and videos.
+        image_token_ids: placeholder ids of images and videos (never of sound).
     """
 
     model: Any
@@ -77,6 +79,16 @@ class Anatomy:
         if "rope_theta" not in parameters:
             parameters = next((p for p in parameters.values() if isinstance(p, dict) and "rope_theta" in p), {})
         return float(parameters.get("rope_theta", 10000.0))
+
+    @cached_property
+    def placeholders_by_id(self) -> bool:
+        """Whether visual slots are found by their ids: the model does not say where it lays features, or too late."""
+        return self.base is self.decoder or not hasattr(self.base, "get_placeholder_mask")
+
+    @cached_property
+    def own_generate(self) -> bool:
+        """Whether `generate` lays features into embeddings itself, going round `forward` (BLIP-2, InstructBLIP)."""
+        return type(self.model).generate is not GenerationMixin.generate and hasattr(self.model, "language_model")
 
     @cached_property
     def mrope(self) -> bool:
@@ -138,6 +150,25 @@ class Anatomy:
             return module(hidden, positions, self.text_config.layer_types[layer])
         return module(hidden, positions)
 
+    def visual_of(self, found: Any, input_ids: Tensor | None) -> Tensor | None:
+        """Slots of images and videos, (B, S) bool, in what `get_placeholder_mask` returned.
+
+        Args:
+            found: a mask, or masks of images, videos and sound, each (B, S) or (B, S, D), or None.
+            input_ids: (B, S) that it was asked about; None where only embeddings are known.
+        """
+        masks = found if isinstance(found, tuple) else (found,)
+        slots: Tensor | None = None
+        for mask in masks[:2]:
+            if mask is not None:
+                mask = mask[..., 0] if mask.dim() == 3 else mask
+                slots = mask if slots is None else slots | mask
+        if slots is None or input_ids is None or input_ids.shape != slots.shape:
+            return slots
+        placeholders = self.find_placeholders(input_ids, None)
+        assert placeholders is not None
+        return slots & placeholders.to(slots.device)
+
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
         """Placeholder slots by id, or by embedding where only embeddings are given: (B, S) bool."""
         if input_ids is not None:
@@ -149,12 +180,13 @@ class Anatomy:
         return torch.stack(found).any(0) if found else None
 
 
-def _first(config: Any, names: tuple[str, ...]) -> Iterator[int]:
-    for name in names:
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            yield value
-            return
+def _placeholder_ids(config: Any) -> Iterator[int]:
+    """Ids of the placeholders of images and videos, wherever a configuration keeps them."""
+    for owner in (config, getattr(config, "vision_config", None)):
+        for names in (_IMAGE_TOKEN_NAMES, _VIDEO_TOKEN_NAMES):
+            value = next((v for v in (getattr(owner, name, None) for name in names) if isinstance(v, int)), None)
+            if value is not None:
+                yield value
 
 
 def resolve(model: nn.Module, text_only: bool = False) -> Anatomy:
@@ -173,21 +205,21 @@ def resolve(model: nn.Module, text_only: bool = False) -> Anatomy:
     kind = type(unwrapped).__name__
     if not (hasattr(unwrapped, "get_decoder") and hasattr(unwrapped, "config") and hasattr(unwrapped, "base_model")):
         raise UnsupportedError(f"{kind} is not a transformers model with a decoder; pass a Hugging Face VLM")
-    if getattr(unwrapped.config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{kind} is an encoder-decoder model; token reduction needs a decoder-only language model"
-        )
+    check_model(unwrapped)
     decoder = unwrapped.get_decoder()
-    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
-        decoder = decoder.model
+    while not hasattr(decoder, "layers"):
+        inner = getattr(decoder, "model", None) or getattr(decoder, "decoder", None)
+        if inner is None:
+            break
+        decoder = inner
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UnsupportedError(f"{kind}: no list of decoder layers found in {type(decoder).__name__}")
     vision = unwrapped.get_encoder(modality="image")
     vision = None if vision is unwrapped or vision is decoder else vision
-    ids = (*_first(unwrapped.config, _IMAGE_TOKEN_NAMES), *_first(unwrapped.config, _VIDEO_TOKEN_NAMES))
-    if not text_only and (vision is None or not ids):
-        raise UnsupportedError(
-            f"{kind} takes no images, so there is nothing to reduce; "
-            "for your own VLM around a text decoder pass visual=BoolTensor (B, S)"
-        )
-    return Anatomy(unwrapped, unwrapped.base_model, decoder, tuple(decoder.layers), vision, ids)
+    ids = tuple(dict.fromkeys(_placeholder_ids(unwrapped.config)))
+    layers = tuple(decoder.layers)
+    if text_only or ids or takes_images(unwrapped, vision):
+        check_decoder(kind, decoder, layers, unwrapped.config)
+    if not text_only and not ids:
+        raise no_placeholders(unwrapped, vision)
+    return Anatomy(unwrapped, unwrapped.base_model, decoder, layers, vision, ids)

@@ -29,6 +29,8 @@ def find_encoder(model: Any) -> nn.Module | None:
     placeholder = any(getattr(config, f"image_token_{kind}", None) is not None for kind in ("id", "index"))
     if config is None or placeholder or hasattr(model, "language_model"):
         return None
+    if hasattr(model, "can_generate") and model.can_generate():  # it writes text (BLIP, Kosmos-2)
+        return None
     for candidate in (getattr(model, "vision_model", None), getattr(model, "base_model", None)):
         sees = getattr(candidate, "main_input_name", None) == "pixel_values"
         if isinstance(candidate, nn.Module) and sees and not hasattr(candidate, "vision_model"):

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "zoo": {"ops", "reduction", "zoo"},
     "measure": {"ops", "reduction", "engine", "measure"},
     "recipe": {"files", "reduction", "reducers", "recipe"},
-    "tune": {"ops", "reduction", "recipe", "engine", "measure", "tune"},
+    "tune": {"files", "ops", "reduction", "recipe", "engine", "measure", "tune"},
     "train": {"files", "ops", "reduction", "recipe", "models", "engine", "measure", "zoo", "evaluate", "train"},
     "evaluate": {
         "files",

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 import foveate
 
-from ..files import write_whole
+from ..files import check_writable, write_whole
 
 __all__ = [
     "CommandError",
@@ -40,6 +40,7 @@ __all__ = [
     "table",
     "writable",
     "write_json",
+    "writing",
 ]
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click in newer versions
@@ -64,12 +65,19 @@ class OneLineGroup(TyperGroup):
             with warnings.catch_warnings():
                 _hush()
                 code = super().main(*args, **{**kwargs, "standalone_mode": False})
+                sys.stdout.flush()
         except _ClickException as error:
             _fail(error.format_message())
         except bad_input as error:
             _fail(str(error))
         except typer.Abort:
             sys.exit(_INTERRUPTED)
+        except OSError as error:  # a full disk, a pipe that nobody reads any more
+            if error.errno is None:
+                raise
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            _fail(f"{error.filename or 'output'}: {error.strerror}")
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -219,21 +227,24 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def writable(path: Path | None) -> Path | None:
     """`path`, once it is sure that a file can be put there: before the work, not after it. Raises `CommandError`."""
-    if path is None:
-        return None
-    if path.is_dir():
-        raise CommandError(f"{path}: a folder; give the name of a file")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise CommandError(f"{path}: cannot be written, {folder} is not a folder one may write to")
+    if path is not None:
+        with writing(path):
+            check_writable(path)
     return path
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tells in one line why a file cannot be written. Raises `CommandError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_json(path: Path | None, result: Any) -> None:
     """Write `result` whole or not at all; None writes nothing. Raises `CommandError`."""
     if path is None:
         return
-    try:
+    with writing(path):
         write_whole(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise CommandError(f"{path}: cannot be written ({error.strerror})") from error

@@ -16,7 +16,7 @@ import typer
 import foveate
 
 from .contestants import entries
-from .shell import CommandError, JsonOption, plain, progress, say, table, writable, write_json
+from .shell import CommandError, JsonOption, plain, progress, say, table, writable, write_json, writing
 
 __all__ = ["sweep"]
 
@@ -223,10 +223,8 @@ def _write_csv(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    try:
+    with writing(path):
         write_whole(path, text.getvalue())
-    except OSError as error:
-        raise CommandError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

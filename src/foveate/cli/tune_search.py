@@ -57,8 +57,10 @@ def run(request: Request) -> dict[str, Any]:
     for size in rung_sizes(len(questions)):
         rungs.append(list(_batches(vlm, questions, range(start, start + size), request.batch_size)))
         start += size
+    out = request.out
+    beside = out is not None and (out.is_file() or not out.exists())  # nothing is put beside a device
     journal = Journal(
-        None if request.out is None else request.out.with_name(request.out.name + ".journal"),
+        out.with_name(out.name + ".journal") if out is not None and beside else None,
         {
             "weights": fingerprint(vlm.model), "model": request.model, "data": request.data, "seed": request.seed,
             "samples": len(questions), "batch_size": request.batch_size, "max_new_tokens": request.max_new_tokens,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from ..reduction import OptionError
 
 __all__ = ["FULL_MODEL", "Journal", "Measurement"]
@@ -65,8 +66,7 @@ class Journal:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
             self._read(whole, header)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(whole) or json.dumps(header) + "\n", encoding="utf-8")
+            write_whole(path, "".join(whole) or json.dumps(header) + "\n")
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(f"journal {path}: cannot be used ({error})") from error
 

@@ -8,8 +8,7 @@ Nothing here runs a model: everything is read off a `Trace`; the pixels come fro
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 
 from ..engine.layout import Layout
 from ..engine.trace import Trace
+from ..files import write_whole
 from .patches import Canvas, background, canvases, count_kept, paint, panels, pruning_stages, stage_name
 
 __all__ = ["SheetCell", "SheetRow", "new_figure", "overlay", "save", "sheet"]
@@ -178,13 +178,6 @@ def save(figure: Figure, path: str | Path) -> None:
     kind = path.suffix.removeprefix(".").lower() or "png"
     if kind not in ("png", "pdf", "svg"):
         raise ValueError(f"picture {path}: use a name that ends in .png, .pdf or .svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".{kind}")
-    os.close(handle)
-    try:
-        figure.savefig(partial, format=kind)
-        os.chmod(partial, 0o644)  # mkstemp's files are private
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind)
+    write_whole(path, picture.getvalue())

@@ -59,7 +59,7 @@ def write_report(folder: str | Path, vlm: VLM | None, path: str | Path, examples
         body="\n".join([_head(results, title), *sections, _foot()]),
     )
     # ASCII with references: right in any encoding, and lone surrogates in an answer do no harm.
-    write_whole(Path(path), page.encode("ascii", "xmlcharrefreplace").decode("ascii"))
+    write_whole(Path(path), page.encode("ascii", "xmlcharrefreplace"))
 
 
 def _head(results: Results, title: str) -> str:

@@ -3,7 +3,8 @@
 import importlib as _importlib
 from types import ModuleType as _ModuleType
 
-from .engine.session import Session, apply
+from .engine.apply import apply
+from .engine.session import Session
 from .engine.trace import Trace
 from .recipe import load
 from .reducers import *  # noqa: F403

@@ -159,6 +159,22 @@ class EncoderTrace:
         """(B,) mean over the layers of the image tokens that entered them."""
         return self.visual_tokens.float().mean(1)
 
+    def kept(self, stage: int) -> Tensor:
+        """(B, N) bool: one patch of the full image for each image token left after layer `stage`, its first member.
+
+        The class token counts as one. Raises `ValueError` where no token has been reduced yet.
+        """
+        reduced = [layer for layer in self.places if layer <= stage]
+        if not reduced:
+            raise ValueError(f"nothing is reduced up to layer {stage}; layers that reduce: {sorted(self.places)}")
+        place = self.places[max(reduced)]
+        slots = torch.arange(place.shape[1], device=place.device).expand_as(place)
+        length = place.shape[1]
+        target = torch.where(place < 0, length, place)
+        first = torch.full((len(place), length + 1), length, device=place.device)
+        first = first.scatter_reduce(1, target, slots, "amin")
+        return (first.gather(1, target) == slots) & (place >= 0)
+
 
 def attend(
     query: Tensor,

@@ -19,11 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.pumer import Reduction
 from ...reduction import OptionError, UnsupportedError
+from ..session import Session
 from .parts import CrossModal, EncoderMethod, EncoderTrace, attend, resolve_encoder, text_rows
 
 __all__ = ["EncoderMethod", "EncoderSession", "EncoderTrace"]
 
-_MARK = "_foveate_session"
 _ROUTE = "foveate_encoder"
 _LISTENER = "_foveate_encoder"
 _READS_TEXT = ("ForMaskedLM", "ForTokenClassification")
@@ -101,11 +101,11 @@ def _routed(
     return module.__dict__[_LISTENER](module, query, key, value, attention_mask, **kwargs)
 
 
-class EncoderSession:
-    """One method at work in one encoder-style VLM. Made by `apply`; a context manager; not thread-safe.
+class EncoderSession(Session):
+    """One method at work in one encoder-style VLM.
 
     Attributes:
-        traces: one record for each pass of the last call of the model.
+        trace: an `EncoderTrace` of the calling thread's last pass; None before the first.
 
     Raises:
         UnsupportedError: the model is of another kind, has a session already, or its head needs every text token.
@@ -113,9 +113,6 @@ class EncoderSession:
 
     def __init__(self, model: nn.Module, reducer: EncoderMethod):
         self.anatomy = resolve_encoder(model)
-        if _MARK in self.anatomy.base.__dict__:
-            raise UnsupportedError("a session is applied to this model already; remove it first")
-        self.reducer, self.traces = reducer, list[EncoderTrace]()
         self.layers = reducer.encoder_layers(self.anatomy)
         beyond = [layer for layer in self.layers if not 0 <= layer < self.anatomy.depth]
         if beyond:
@@ -123,10 +120,8 @@ class EncoderSession:
         name = type(model).__name__
         if self.layers and reducer.merges_text(self.anatomy) and name.endswith(_READS_TEXT):
             raise UnsupportedError(f"{name} needs a state for every text token; use merge_text=0")
-        self._undo: list[Callable[[], None]] = []
-        self._pass: _Pass | None = None
-        self._maps = False
-        self._patches: Tensor | None = None
+        super().__init__(self.anatomy.base)
+        self.reducer = reducer
         try:
             self._install()
         except BaseException:
@@ -134,21 +129,19 @@ class EncoderSession:
             raise
 
     @property
-    def trace(self) -> EncoderTrace | None:
-        """Record of the last pass; None before the first."""
-        return self.traces[-1] if self.traces else None
+    def traces(self) -> list[EncoderTrace]:
+        """One record for each pass of the calling thread's last call of the model."""
+        if not hasattr(self._local, "traces"):
+            self._local.traces = []
+        return self._local.traces
 
-    def __enter__(self) -> EncoderSession:
-        return self
+    @property
+    def _pass(self) -> _Pass | None:
+        return getattr(self._local, "running", None)
 
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Give the model back as it was. Calling it again does nothing."""
-        while self._undo:
-            self._undo.pop()()
-        self._pass = None
+    @_pass.setter
+    def _pass(self, running: _Pass | None) -> None:
+        self._local.running = running
 
     def begin(self, text_mask: Tensor, image_mask: Tensor | None = None, maps: bool = False) -> None:
         """Start a pass; the model does so itself. For layers that are called on their own.
@@ -159,23 +152,24 @@ class EncoderSession:
             maps: the caller wants attention maps.
         """
         text_mask = text_mask if self.reducer.faithful else text_mask > 0
-        self._pass = _Pass(text_mask, None if image_mask is None else image_mask > 0, maps)
-        self.traces.append(self._pass.trace)
+        running = _Pass(text_mask, None if image_mask is None else image_mask > 0, maps)
+        self._pass = running
+        self.traces.append(running.trace)
+        self._record(running.trace)
 
     # ------------------------------------------------------------------------------------------------ installing
     def _install(self) -> None:
-        parts, base = self.anatomy, self.anatomy.base
-        base.__dict__[_MARK] = self
-        self._undo.append(lambda: base.__dict__.pop(_MARK, None))
+        parts, base, undo = self.anatomy, self.anatomy.base, self._undo
         if parts.model is not base:
-            self._hook(parts.model.register_forward_pre_hook(self._model_called))
-        self._hook(base.register_forward_pre_hook(self._base_called, with_kwargs=True))
-        self._hook(base.register_forward_hook(self._base_done, always_call=True))
+            undo.pre_hook(parts.model, self._model_called)
+            undo.hook(parts.model, self._model_done, always_call=True)
+        undo.pre_hook(base, self._base_called, with_kwargs=True)
+        undo.hook(base, self._base_done, always_call=True)
         if parts.joint:
-            self._hook(base.embeddings.register_forward_hook(self._embedded))
+            undo.hook(base.embeddings, self._embedded)
             self._watch_patches(base.embeddings)
         for i, layer in enumerate(parts.text_layers):
-            self._hook(layer.register_forward_pre_hook(self._layer_called, with_kwargs=True))
+            undo.pre_hook(layer, self._layer_called, with_kwargs=True)
             if not self.layers:
                 continue
             if parts.joint:
@@ -185,10 +179,8 @@ class EncoderSession:
         for name in ("text", "image") if self.layers else ():
             towers = getattr(base, f"cross_modal_{name}_link_tower", None)
             for tower in towers if isinstance(towers, nn.ModuleList) else [towers] if towers is not None else []:
-                self._hook(tower.register_forward_pre_hook(functools.partial(self._bridge, name)))
-
-    def _hook(self, handle: Any) -> None:
-        self._undo.append(handle.remove)
+                undo.pre_hook(tower, functools.partial(self._bridge, name))
+        undo.copied(parts.model, base)
 
     def _watch_patches(self, embeddings: Any) -> None:
         embed = embeddings.visual_embed
@@ -196,61 +188,59 @@ class EncoderSession:
         @functools.wraps(embed)
         def watched(*args: Any, **kwargs: Any) -> Any:
             embedded = embed(*args, **kwargs)
-            self._patches = embedded[2][0]
+            self._local.patches = embedded[2][0]
             return embedded
 
-        embeddings.__dict__["visual_embed"] = watched
-        self._undo.append(lambda: embeddings.__dict__.pop("visual_embed", None))
+        self._undo.set(embeddings, "visual_embed", watched)
 
     def _install_joint(self, index: int, layer: Any) -> None:
         attention = layer.attention.attention
-        attention.__dict__["forward"] = functools.partial(self._joint_attention, index, attention)
-        self._undo.append(lambda: attention.__dict__.pop("forward", None))
+        self._undo.set(attention, "forward", functools.partial(self._joint_attention, index, attention))
         if index in self.layers:
-            self._hook(layer.layernorm_after.register_forward_pre_hook(functools.partial(self._between, index)))
-            self._hook(layer.output.register_forward_pre_hook(self._residual))
+            self._undo.pre_hook(layer.layernorm_after, functools.partial(self._between, index))
+            self._undo.pre_hook(layer.output, self._residual)
 
     def _install_cross(self, index: int, text_layer: Any, image_layer: Any) -> None:
         for side, layer in (("text", text_layer), ("image", image_layer)):
             for kind in ("attention", "crossattention"):
                 self._route(getattr(layer, kind).self, functools.partial(self._cross_attention, index, side, kind))
         if index in self.layers:
-            self._hook(text_layer.crossattention.register_forward_pre_hook(self._text_looks))
-            self._hook(text_layer.crossattention.register_forward_hook(functools.partial(self._crossed, index)))
-            self._hook(image_layer.register_forward_pre_hook(self._image_layer_called, with_kwargs=True))
+            self._undo.pre_hook(text_layer.crossattention, self._text_looks)
+            self._undo.hook(text_layer.crossattention, functools.partial(self._crossed, index))
+            self._undo.pre_hook(image_layer, self._image_layer_called, with_kwargs=True)
 
     def _route(self, module: Any, listener: Callable[..., Any]) -> None:
         if _ROUTE not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(_ROUTE, _routed)
-        original = module.config
-        module.config = copy.copy(original)
-        module.config._attn_implementation_internal = _ROUTE
-        module.__dict__[_LISTENER] = listener
-
-        def undo() -> None:
-            module.config = original
-            module.__dict__.pop(_LISTENER, None)
-
-        self._undo.append(undo)
+        routed = copy.copy(module.config)
+        routed._attn_implementation_internal = _ROUTE
+        self._undo.set(module, "config", routed)
+        self._undo.set(module, _LISTENER, listener)
 
     # ----------------------------------------------------------------------------------------------- one call
     def _model_called(self, module: nn.Module, args: tuple) -> None:
-        self.traces.clear()
+        if self._begin("model"):
+            self._local.traces = []
+
+    def _model_done(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._end("model")
 
     def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._begin("base"):
+            return
         if torch.compiler.is_compiling():
             raise UnsupportedError("token reduction depends on the data; call the model without torch.compile")
         layers = (*self.anatomy.text_layers, *self.anatomy.image_layers)
         if module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
             raise UnsupportedError("gradient checkpointing runs layers twice; switch it off to reduce tokens")
         if module is self.anatomy.model:
-            self.traces.clear()
+            self._local.traces = []
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         wanted = given.get("output_attentions")
         maps = bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted)
         if self.anatomy.joint:
-            self._maps = maps
+            self._local.maps = maps
             return
         mask, ids = given.get("attention_mask"), given.get("input_ids")
         if mask is None and ids is not None:
@@ -259,12 +249,15 @@ class EncoderSession:
             self.begin(mask, None, maps)
 
     def _embedded(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+        if self._closed:
+            return
         length = args[1].shape[1]
-        self.begin(output[1][:, :length], output[1][:, length:], self._maps)
-        self.traces[-1].patches, self._patches = self._patches, None
+        self.begin(output[1][:, :length], output[1][:, length:], getattr(self._local, "maps", False))
+        self.traces[-1].patches, self._local.patches = self._local.patches, None
 
     def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._pass = None
+        self._end("base")
 
     def _layer_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._pass is None:

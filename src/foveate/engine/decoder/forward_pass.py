@@ -114,7 +114,8 @@ class ForwardPass:
         hidden = output[0] if isinstance(output, tuple) else output
         new = hidden
         if self.active is not None and self._frame is not None:
-            new = put_rows(self._frame, self.active, hidden, in_place=self._frame is self._mine)
+            mine = self._frame is self._mine and self._frame.device == hidden.device
+            new = put_rows(self._frame, self.active, hidden, in_place=mine)
             if "exclusive" not in self._memo:
                 self._memo["exclusive"] = self.exclusive()
             self._mine = new if layer in self._memo["exclusive"] else None
@@ -244,9 +245,10 @@ class ForwardPass:
         prompt, tap, self.tap = self.prompt, self.tap, None
         active = self._active()[:, :prompt]
         patches, project = self._seen(hidden)
+        # Methods see one device, that of the prompt, however the layers are spread.
         view = View(
-            stage, hidden[:, :prompt], active, self.visual, self.tokens[:, :prompt], tap, patches, self.layout,
-            self.info, self._state, project,
+            stage, hidden[:, :prompt].to(active.device), active, self.visual, self.tokens[:, :prompt], tap, patches,
+            self.layout, self.info, self._state, project,
         )  # fmt: skip
         decision = self.reducer.decide(view)
         if decision is None:
@@ -255,9 +257,15 @@ class ForwardPass:
             hidden = self._overwrite(hidden, decision)
         if decision.keep is not None:
             self._remove(_checked_keep(decision.keep, active), decision.positions or self.reducer.positions)
-        record = StageRecord(stage, self._active()[:, :prompt], decision.origin, decision.scores)
-        self.trace.records.append(record)
+        self.trace.records.append(self._recorded(stage, decision))
         return hidden
+
+    def _recorded(self, stage: int, decision: Decision) -> StageRecord:
+        active, origin, scores = self._active()[:, : self.prompt], decision.origin, decision.scores
+        if origin is not None and decision.keep is not None:  # what stays against the method's word stands for itself
+            slots = torch.arange(origin.shape[1], device=origin.device)
+            origin = torch.where(active & ~decision.keep.to(active.device), slots, origin)
+        return StageRecord(stage, active, origin, None if scores is None else scores.detach())
 
     def _seen(self, hidden: Tensor) -> tuple[dict[int, Patches], Callable[[Tensor], Tensor] | None]:
         """What was read in the vision tower, aligned once per pass, and the projector if single features have one."""
@@ -274,15 +282,19 @@ class ForwardPass:
         # Padding (-1) rewrites the last slot of the prompt with what is there; no method merges into it.
         last = self.prompt - 1
         padding = (slots < 0)[..., None]
-        values = torch.where(padding, hidden[:, last : last + 1], values.to(hidden.dtype))
-        index = torch.where(slots < 0, last, slots)[..., None].expand_as(values)
+        here = hidden.device
+        values = torch.where(padding.to(here), hidden[:, last : last + 1], values.to(hidden))
+        index = torch.where(slots < 0, last, slots)[..., None].expand(values.shape).to(here)
         return hidden.scatter(1, index, values)
 
     def _remove(self, keep: Tensor, positions: Positions) -> None:
         keep = _widen(keep, self.length, True) & self._active()
         if self.required is not None:
             keep = keep | (self.required & self._active())
-        last = self.tokens & (self.tokens.flip(1).cumsum(1).flip(1) == 1)
+        prompt = self.tokens[:, : self.prompt]
+        last = _widen(prompt & (prompt.flip(1).cumsum(1).flip(1) == 1), self.length, False)
+        if self.visual is not None:  # a prompt that ends with its image: the answer begins at this slot
+            keep = keep | (last & _widen(self.visual, self.length, False) & self._active())
         count, gone = keep.sum(1), self._active() & ~keep
         # The one device sync of a stage.
         shortest, longest, total, removed, last_gone = torch.stack(

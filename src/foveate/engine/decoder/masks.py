@@ -5,7 +5,7 @@ Nothing is rebuilt, so padding, sliding windows, bidirectional image blocks and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,13 @@ class Reach:
     past: int
     length: int
     window: int | None
+
+    def to(self, device: torch.device) -> Reach:
+        """The same, with its tensors on a device."""
+        if self.keys.device == device:
+            return self
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     @property
     def total(self) -> int:

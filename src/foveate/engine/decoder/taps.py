@@ -19,12 +19,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...ops.attention import attention_rows
 from ...ops.select import true_indices
 from ...reduction import Tap, TapSpec, UnsupportedError
+from ..undo import Undo
 from .masks import Reach
 
-__all__ = ["AttentionTap", "choose_rows", "read_rows"]
+__all__ = ["choose_rows", "in_backward", "read_rows", "tap_attention"]
 
 _PREFIX = "foveate_tap:"
-_LISTENER = "_foveate_tap"
+_LISTENERS = "_foveate_taps"
 
 
 def _wrapper(
@@ -37,33 +38,37 @@ def _wrapper(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    listener = module.__dict__.get(_LISTENER)
-    if listener is not None:
-        listener(module, query, key, attention_mask, kwargs)
+    if not in_backward():  # a checkpointed layer that runs again was read before
+        with torch.no_grad():
+            for listener in module.__dict__.get(_LISTENERS, ()):
+                listener(module, query.detach(), key.detach(), attention_mask, kwargs)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(real, None)  # type: ignore[arg-type]
     if attention is None:  # eager attention lives in each modelling file
         attention = sys.modules[type(module).__module__].eager_attention_forward
     return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
 
-class AttentionTap:
-    """Call `listener(module, query, key, mask, kwargs)` whenever `module` attends, until `remove()`."""
+def tap_attention(undo: Undo, module: Any, listener: Callable[..., None]) -> None:
+    """Call `listener(module, query, key, mask, kwargs)` whenever `module` attends, until `undo` is closed.
 
-    def __init__(self, module: Any, listener: Callable[..., None]):
+    What is read has no graph: reading and scoring are not trained, and a checkpointed layer must save the same tensors
+    whether it is read or not. Several listeners are called in the order in which they came.
+    """
+    listeners = module.__dict__.get(_LISTENERS, ())
+    if not listeners:
         real = module.config._attn_implementation or "eager"
         name = _PREFIX + real
         if name not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(_wrapper, real))
-        self.module, self.original = module, module.config
         routed = copy.copy(module.config)
         routed._attn_implementation_internal = name
-        module.config = routed
-        module.__dict__[_LISTENER] = listener
+        undo.set(module, "config", routed)
+    undo.set(module, _LISTENERS, (*listeners, listener))
 
-    def remove(self) -> None:
-        """Give the module its own config back."""
-        self.module.config = self.original
-        del self.module.__dict__[_LISTENER]
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, where gradient checkpointing runs layers again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def choose_rows(spec: TapSpec, active: Tensor, visual: Tensor, state: dict[str, Any]) -> Tensor:
@@ -112,7 +117,12 @@ def read_rows(
         key: (B, Hkv, N, d).
         mask: the layer's own mask, as handed to its attention.
         kwargs: of the attention call (scaling, softcap, sliding_window).
+
+    Returns:
+        The tap, on the device of `wanted`, wherever the layer is.
     """
+    home, here = wanted.device, query.device
+    wanted, index, reach = wanted.to(here), index.to(here), reach.to(here)
     chosen = wanted.gather(1, index)
     if reach.valid is not None:
         chosen = chosen & reach.valid
@@ -128,7 +138,10 @@ def read_rows(
     if spec.keep_qk:
         picked = query.gather(2, rows[:, None, :, None].expand(*query.shape[:2], count, query.shape[-1]))
     keys = torch.where(reach.keys < 0, -1, reach.keys - reach.past)
-    return Tap(weights, row_valid, slots, keys, picked, key if spec.keep_qk else None)
+    tap = Tap(weights, row_valid, slots, keys, picked, key if spec.keep_qk else None)
+    if home == here:
+        return tap
+    return Tap(**{name: None if value is None else value.to(home) for name, value in vars(tap).items()})
 
 
 def _visibility(

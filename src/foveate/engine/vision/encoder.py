@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...reduction import Reducer, UnsupportedError
+from ..session import Session
 from ..trace import TowerCall
 from .merging import TowerReduction
 
 __all__ = ["PlainSession", "PlainTrace", "find_encoder"]
-
-_MARK = "_foveate_session"
 
 
 def find_encoder(model: Any) -> nn.Module | None:
@@ -40,27 +40,52 @@ def find_encoder(model: Any) -> nn.Module | None:
 
 @dataclass
 class PlainTrace:
-    """Record of the last call of an encoder.
+    """Record of the last call of an encoder: I images of T tokens, class token included (first, where there is one).
 
     Attributes:
         call: images, and per layer the tokens of an image, class token included.
-        place: (I, T) long, for every token of the full image (class token first) the token that it went into.
+        place: (I, T) long, for every token of the full image the token that it went into.
+        class_token: whether the tower has one.
     """
 
     call: TowerCall
     place: Tensor
+    class_token: bool = True
 
     @property
     def entering(self) -> list[int]:
         """Per layer, tokens of an image that entered it, class token included."""
         return [attending for attending, _ in self.call.tokens]
 
+    @property
+    def visual_tokens(self) -> Tensor:
+        """LongTensor (I, n_layers): tokens that show the image, merged ones included, that entered each layer."""
+        entering = torch.tensor(self.entering, device=self.place.device) - int(self.class_token)
+        return entering.expand(self.call.images, -1)
 
-class PlainSession:
-    """One method at work in one vision encoder. Made by `apply`; a context manager; not thread-safe.
+    @property
+    def mean_visual_tokens(self) -> Tensor:
+        """(I,) mean over the layers of the tokens that entered them."""
+        return self.visual_tokens.float().mean(1)
+
+    def kept(self, stage: int | None = None) -> Tensor:
+        """(I, T) bool: one patch for each token that leaves the last layer, the first that went into it.
+
+        An encoder has one record, that of its end: `stage` is accepted as for other traces and makes no difference.
+        """
+        slots = torch.arange(self.place.shape[1], device=self.place.device).expand_as(self.place)
+        first = torch.full_like(self.place, self.place.shape[1]).scatter_reduce(1, self.place, slots, "amin")
+        kept = first.gather(1, self.place) == slots
+        if self.class_token:
+            kept[:, 0] = False
+        return kept
+
+
+class PlainSession(Session):
+    """One method at work in one vision encoder.
 
     Attributes:
-        trace: of the last call; None before the first.
+        trace: a `PlainTrace` of the last call of the calling thread; None before the first.
 
     Raises:
         UnsupportedError: the method does not work inside a vision encoder, the encoder is built in another way than
@@ -75,35 +100,27 @@ class PlainSession:
                 f"{type(model).__name__} has no language model, so {kind} has nothing to reduce there; inside vision "
                 "encoders work ToMe, PiToMe (where='tower') and Downsample"
             )
-        if _MARK in encoder.__dict__:
-            raise UnsupportedError("a session is applied to this model already; remove it first")
-        self.encoder, self.reducer = encoder, reducer
-        self.trace: PlainTrace | None = None
-        self._reduction = TowerReduction(encoder, spec)
-        # Hooked before the reduction's own: it forgets an earlier call; `_done`, hooked after them, takes its record.
-        self._handles = [encoder.register_forward_pre_hook(lambda *_: self._reduction.clear())]
+        super().__init__(encoder)
+        self.reducer = reducer
         try:
-            self._reduction.install()
+            self._reduction = TowerReduction(encoder, spec)
+            # Hooked before and after the reduction's own.
+            self._undo.pre_hook(encoder, self._called)
+            self._reduction.install(self._undo)
+            self._undo.hook(encoder, self._done, always_call=True)
+            self._undo.copied(model, encoder)
         except BaseException:
             self.remove()
             raise
-        self._handles.append(encoder.register_forward_hook(self._done))
-        encoder.__dict__[_MARK] = self
 
-    def __enter__(self) -> PlainSession:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Give the model back as it was. Calling it again does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._reduction.remove()
-        if self.encoder.__dict__.get(_MARK) is self:
-            del self.encoder.__dict__[_MARK]
+    def _called(self, module: nn.Module, args: tuple) -> None:
+        self._reduction.clear()
+        self._begin("encoder")
 
     def _done(self, module: nn.Module, args: tuple, output: Any) -> None:
         reduction = self._reduction
-        self.trace = PlainTrace(reduction.calls[-1], reduction.maps[-1])
+        if not self._closed:
+            if output is not None and reduction.maps:
+                self._record(PlainTrace(reduction.calls[-1], reduction.maps[-1], reduction.class_token))
+            reduction.clear()
+            self._end("encoder")

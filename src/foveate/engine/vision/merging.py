@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+import weakref
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -19,10 +21,11 @@ from torch.nn.functional import interpolate
 
 from ...ops.bipartite import Merging
 from ...reduction import UnsupportedError
-from ..decoder.taps import AttentionTap
+from ..decoder.taps import in_backward, tap_attention
 from ..families.parts import Anatomy
 from ..stopwatch import deciding
 from ..trace import TowerCall
+from ..undo import Shared, Undo
 from .reader import _lay, _square_plan
 
 __all__ = ["MergeSpec", "ShrinkSpec", "TowerReduction"]
@@ -62,8 +65,40 @@ class ShrinkSpec(Protocol):
         """Patches of the smaller image, of height x width ones."""
 
 
-class TowerReduction:
-    """A tower that works on fewer tokens, from `install` to `remove`; also a context manager.
+@dataclass
+class _Pass:
+    """One call of the tower that is running."""
+
+    schedule: list[int]
+    map: Tensor
+    size: Tensor
+    by_length: dict[int, Tensor]
+    key: Tensor | None = None
+
+
+@dataclass
+class _State:
+    """What one thread's images became."""
+
+    maps: list[Tensor] = field(default_factory=list)
+    calls: list[TowerCall] = field(default_factory=list)
+    running: _Pass | None = None
+    pending: _Merge | None = None
+    """Between the norm before an MLP and its end."""
+
+
+@dataclass(eq=False)
+class _Merge:
+    """One matching, as a checkpointed layer needs it to run again: it is replayed, never redone."""
+
+    merging: Merging
+    size: Tensor
+    entered: Tensor
+    """(I, T, few) of what was merged, to tell the calls of a layer apart."""
+
+
+class TowerReduction(Shared):
+    """A tower that works on fewer tokens, once it is installed; also a context manager.
 
     Args:
         tower: a Hugging Face vision tower with layers like those of CLIP, SigLIP or ViT.
@@ -84,41 +119,24 @@ class TowerReduction:
         self.class_token = bool(names & {"class_embedding", "cls_token"})
         if "distillation_token" in names:
             raise UnsupportedError(f"{type(tower).__name__} has a distillation token, which must not merge")
-        self.maps: list[Tensor] = []
-        """Per call of the tower (I, T): the token that each patch, class token included, went into."""
-        self.calls: list[TowerCall] = []
-        """Per call of the tower, how many tokens its layers computed."""
-        self._undo: list[Callable[[], None]] = []
-        self._schedule: list[int] = []
-        self._by_length: dict[int, Tensor] = {}
-        self._map: Tensor | None = None
-        self._size: Tensor | None = None
-        self._key: Tensor | None = None
-        self._pending: Merging | None = None
+        self._local = threading.local()
+        self._merges: dict[int, list[weakref.ref[_Merge]]] = {}
 
     # ------------------------------------------------------------------------------------------- installing, undoing
-    def install(self) -> TowerReduction:
-        """Put the hooks in."""
-        try:
-            if isinstance(self.spec, MergeSpec):
-                self._install_merging(self.spec)
-            else:
-                if "interpolate_pos_encoding" not in inspect.signature(self.tower.forward).parameters:
-                    raise UnsupportedError(
-                        f"{type(self.tower).__name__} cannot be run on a smaller image from here; resize the image "
-                        "before the processor"
-                    )
-                self._hook(self.tower.register_forward_pre_hook(self._shrink, with_kwargs=True))
-            self._hook(self.tower.register_forward_hook(self._done, prepend=True))
-        except BaseException:
-            self.remove()
-            raise
-        return self
+    def install(self, undo: Undo) -> None:
+        """Put the hooks in, until `undo` is closed."""
+        if isinstance(self.spec, MergeSpec):
+            self._install_merging(undo, self.spec)
+        else:
+            if "interpolate_pos_encoding" not in inspect.signature(self.tower.forward).parameters:
+                raise UnsupportedError(
+                    f"{type(self.tower).__name__} cannot be run on a smaller image from here; resize the image "
+                    "before the processor"
+                )
+            undo.pre_hook(self.tower, self._shrink, with_kwargs=True)
+        undo.hook(self.tower, self._done, prepend=True)
 
-    def _hook(self, handle: Any) -> None:
-        self._undo.append(handle.remove)
-
-    def _install_merging(self, spec: MergeSpec) -> None:
+    def _install_merging(self, undo: Undo, spec: MergeSpec) -> None:
         implementation = getattr(self.attention[0].config, "_attn_implementation", None) or "eager"
         if spec.proportional and implementation not in ("sdpa", "eager"):
             raise UnsupportedError(
@@ -126,56 +144,72 @@ class TowerReduction:
             )
         for layer in self.layers:
             _check_layer(layer, spec.proportional)
-        self._hook(self.tower.register_forward_pre_hook(self._begin))
+        undo.pre_hook(self.tower, self._begin)
         for i, layer in enumerate(self.layers[: self.used]):
-            self._hook(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+            undo.pre_hook(layer, self._enter, with_kwargs=True)
             if spec.metric == "key":
-                tap = AttentionTap(self.attention[i], self._attending)
-                self._undo.append(tap.remove)
+                tap_attention(undo, self.attention[i], self._attending)
             if spec.place == "between":
                 norm, mlp = _between(layer)
-                self._hook(norm.register_forward_pre_hook(functools.partial(self._before_mlp, i)))
-                self._hook(mlp.register_forward_hook(self._after_mlp, prepend=True))
-            self._hook(layer.register_forward_hook(functools.partial(self._leave, i), prepend=True))
+                undo.pre_hook(norm, functools.partial(self._before_mlp, i))
+                undo.hook(mlp, self._after_mlp, prepend=True)
+            undo.hook(layer, functools.partial(self._leave, i), prepend=True)
         for layer in self.layers[self.used :]:
-            self._hook(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+            undo.pre_hook(layer, self._enter, with_kwargs=True)
 
-    def remove(self) -> None:
-        """Give the tower back as it was."""
-        while self._undo:
-            self._undo.pop()()
-        self.clear()
+    @property
+    def _now(self) -> _State:
+        if not hasattr(self._local, "state"):
+            self.clear()
+        return self._local.state
+
+    @property
+    def maps(self) -> list[Tensor]:
+        """Per call of the tower (I, T): the token that each patch, class token included, went into."""
+        return self._now.maps
+
+    @property
+    def calls(self) -> list[TowerCall]:
+        """Per call of the tower, how many tokens its layers computed."""
+        return self._now.calls
 
     def clear(self) -> None:
-        """Forget what merged: new images are about to be encoded."""
-        self.maps, self.calls, self._by_length, self._schedule = [], [], {}, []
-        self._map = self._size = self._key = self._pending = None
+        """Forget what merged in this thread: new images are about to be encoded, or the call is over."""
+        self._local.state = _State()
 
     def __enter__(self) -> TowerReduction:
-        return self.install()
+        self._undo = Undo()
+        try:
+            self.install(self._undo)
+        except BaseException:
+            self._undo.close()
+            raise
+        return self
 
     def __exit__(self, *exception: object) -> None:
-        self.remove()
+        self._undo.close()
+        self.clear()
 
     # ------------------------------------------------------------------------------------------------------ merging
     def _begin(self, module: nn.Module, args: tuple) -> None:
-        self._map = self._size = self._key = self._pending = None
-        self._by_length, self._schedule = {}, []
+        self._now.running = self._now.pending = None
 
-    def _start(self, hidden: Tensor) -> None:
+    def _start(self, hidden: Tensor) -> _Pass:
         images, tokens = hidden.shape[:2]
         assert isinstance(self.spec, MergeSpec)
-        self._schedule = self.spec.schedule(tokens - self.class_token, self.used, self.class_token)
-        self._map = torch.arange(tokens, device=hidden.device).expand(images, -1)
-        self._size = torch.ones(images, tokens, 1, device=hidden.device)
-        self._by_length = {tokens: self._map}
-        self.calls.append(TowerCall(images, []))
+        place = torch.arange(tokens, device=hidden.device).expand(images, -1)
+        self._now.calls.append(TowerCall(images, []))
+        return _Pass(
+            self.spec.schedule(tokens - self.class_token, self.used, self.class_token), place,
+            torch.ones(images, tokens, 1, device=hidden.device), {tokens: place},
+        )  # fmt: skip
 
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         assert isinstance(self.spec, MergeSpec)
         hidden = args[0] if args else kwargs["hidden_states"]
-        if self._map is None:
-            self._start(hidden)
+        if self._now.running is None:
+            self._now.running = self._start(hidden)
+        now = self._now.running
         self.calls[-1].tokens.append((hidden.shape[1], hidden.shape[1]))
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if mask is not None:
@@ -183,66 +217,94 @@ class TowerReduction:
                 f"{type(self.tower).__name__} hands its layers an attention mask, as for images of several sizes; "
                 "merge after the tower (where='output')"
             )
-        if not self.spec.proportional or self._size is None or hidden.shape[1] == next(iter(self._by_length)):
+        if not self.spec.proportional or hidden.shape[1] == next(iter(now.by_length)):
             return None
-        bias = self._size.log().to(hidden.dtype).transpose(1, 2)[:, None].expand(-1, 1, hidden.shape[1], -1)
+        bias = now.size.log().to(hidden.dtype).transpose(1, 2)[:, None].expand(-1, 1, hidden.shape[1], -1)
         if len(args) > 1:
             return (args[0], bias, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": bias}
 
     def _attending(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
-        self._key = key.mean(1)
+        if self._now.running is not None:
+            self._now.running.key = key.mean(1)
 
     @deciding
-    def _match(self, layer: int, hidden: Tensor) -> Merging | None:
+    def _match(self, layer: int, hidden: Tensor) -> _Merge | None:
+        now = self._now.running
         assert isinstance(self.spec, MergeSpec)
-        r = hidden.shape[1] - self.class_token - self._schedule[layer]
+        if now is None:
+            return None
+        r = hidden.shape[1] - self.class_token - now.schedule[layer]
         if r <= 0:
             return None
-        metric = self._key if self.spec.metric == "key" else hidden
-        assert metric is not None
         with torch.no_grad():
-            return self.spec.match(metric, r, layer, self.used, self.class_token)
+            metric = now.key if self.spec.metric == "key" else hidden.detach()
+            assert metric is not None
+            merging = self.spec.match(metric, r, layer, self.used, self.class_token)
+        return _Merge(merging, now.size, hidden.detach()[..., :4].clone())
 
-    def _mean(self, merging: Merging, hidden: Tensor) -> Tensor:
+    def _mean(self, merge: _Merge, hidden: Tensor) -> Tensor:
         assert isinstance(self.spec, MergeSpec)
-        assert self._size is not None
-        weights = self._size.to(hidden.dtype) if self.spec.weighted else None
-        return merging.mean(hidden, weights)[0]
+        weights = merge.size.to(hidden.dtype) if self.spec.weighted else None
+        return merge.merging.mean(hidden, weights)[0]
 
     # What follows computes exactly "merge, then MLP": the residual is merged after the sum, for a mean is linear, and
     # the MLP's output, equal for all members of a group, is its own mean.
     def _before_mlp(self, layer: int, norm: nn.Module, args: tuple) -> tuple | None:
-        self._pending = self._match(layer, args[0])
-        if self._pending is None:
+        again = in_backward()
+        pending = self._recall(layer, args[0]) if again else self._match(layer, args[0])
+        self._now.pending = pending
+        if pending is None:
             return None
-        merged = self._mean(self._pending, args[0])
-        self.calls[-1].tokens[-1] = (args[0].shape[1], merged.shape[1])
+        merged = self._mean(pending, args[0])
+        if not again:
+            self.calls[-1].tokens[-1] = (args[0].shape[1], merged.shape[1])
         return (merged, *args[1:])
 
     def _after_mlp(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return None if self._pending is None else self._pending.unmerge(output)
+        pending = self._now.pending
+        if in_backward():
+            self._now.pending = None
+        return None if pending is None else pending.merging.unmerge(output)
 
     def _leave(self, layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
         assert isinstance(self.spec, MergeSpec)
-        hidden = output[0] if isinstance(output, tuple) else output
-        merging = self._pending if self.spec.place == "between" else self._match(layer, hidden)
-        self._pending = self._key = None
-        if merging is None:
+        now = self._now.running
+        if now is None:
             return None
-        assert self._map is not None
-        assert self._size is not None
-        hidden = self._mean(merging, hidden)
-        self._size = merging.sums(self._size)
-        self._map = merging.index.gather(1, self._map)
-        self._by_length[hidden.shape[1]] = self._map
+        hidden = output[0] if isinstance(output, tuple) else output
+        merge = self._now.pending if self.spec.place == "between" else self._match(layer, hidden)
+        self._now.pending = now.key = None
+        if merge is None:
+            return None
+        self._remember(layer, merge, hidden)
+        hidden = self._mean(merge, hidden)
+        now.size = merge.merging.sums(now.size)
+        now.map = merge.merging.index.gather(1, now.map)
+        now.by_length[hidden.shape[1]] = now.map
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    # The layer of a checkpoint runs again in the backward pass, maybe in another thread, and maybe several calls later.
+    def _remember(self, layer: int, merge: _Merge, hidden: Tensor) -> None:
+        """Keep a matching for as long as the graph of the layer's output lives."""
+        if hidden.grad_fn is None:
+            return
+        hidden.grad_fn.metadata["foveate_merge"] = merge
+        alive = [reference for reference in self._merges.get(layer, ()) if reference() is not None]
+        self._merges[layer] = [*alive, weakref.ref(merge)]
+
+    def _recall(self, layer: int, hidden: Tensor) -> _Merge | None:
+        """The matching of the call that runs again: the one that saw nearly the same, since kernels may round anew."""
+        with torch.no_grad():
+            few = hidden[..., :4]
+            known = [merge for reference in self._merges.get(layer, ()) if (merge := reference()) is not None]
+            known = [merge for merge in known if merge.entered.shape == few.shape]
+            return min(known, key=lambda merge: float((merge.entered - few).abs().sum()), default=None)
 
     # ---------------------------------------------------------------------------------------------------- shrinking
     @deciding
     def _shrink(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         assert isinstance(self.spec, ShrinkSpec)
-        self._map, self._by_length = None, {}
         pixels = args[0] if args else kwargs["pixel_values"]
         config: Any = self.tower.config
         patch = config.patch_size
@@ -252,12 +314,13 @@ class TowerReduction:
         place = (y[:, None] * columns + x).reshape(-1).to(pixels.device)
         if self.class_token:
             place = torch.cat([place.new_zeros(1), place + 1])
-        self._map = place.expand(len(pixels), -1)
+        place = place.expand(len(pixels), -1)
         tokens = rows * columns + self.class_token
         self.calls.append(TowerCall(len(pixels), [(tokens, tokens)] * len(self.layers)))
-        if (rows, columns) == (height, width):
+        whole = (rows, columns) == (height, width)
+        self._now.running = _Pass([], place, place, {} if whole else {tokens: place})
+        if whole:
             return None
-        self._by_length = {tokens: self._map}
         pixels = interpolate(
             pixels.float(), size=(rows * patch, columns * patch), mode="bilinear", antialias=True, align_corners=False
         ).to(pixels.dtype)
@@ -265,26 +328,18 @@ class TowerReduction:
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
     # -------------------------------------------------------------------------------------------------- handing over
-    def _full(self, states: Any) -> Any:
-        """States (I, T', C) at full length; anything else as it is."""
-        if isinstance(states, tuple | list):
-            return type(states)(self._full(part) for part in states)
-        if isinstance(states, Tensor) and states.dim() == 3 and states.shape[1] in self._by_length:
-            index = self._by_length[states.shape[1]][..., None]
-            return states.gather(1, index.expand(-1, -1, states.shape[2]))
-        return states
-
     def _done(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self._map is None:
+        done, self._now.running = self._now.running, None
+        if done is None:
             return None
-        self.maps.append(self._map)
+        self.maps.append(done.map)
         if not self.expand:
             return None
         if isinstance(output, tuple):
-            return self._full(output)
+            return _full(output, done.by_length)
         for name in ("last_hidden_state", "hidden_states"):
             if getattr(output, name, None) is not None:
-                setattr(output, name, self._full(getattr(output, name)))
+                setattr(output, name, _full(getattr(output, name), done.by_length))
         return output
 
     def groups(self, anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> Tensor | None:
@@ -313,6 +368,16 @@ class TowerReduction:
         patches = _lay(plan, {"features": labels[..., None].double()}, {}, visual)
         assert patches.features is not None
         return patches.to_slots(patches.features[..., 0], *visual.shape).long() - 1
+
+
+def _full(states: Any, by_length: dict[int, Tensor]) -> Any:
+    """States (I, T', C) at full length, each patch with the state of its token; anything else as it is."""
+    if isinstance(states, tuple | list):
+        return type(states)(_full(part, by_length) for part in states)
+    if isinstance(states, Tensor) and states.dim() == 3 and states.shape[1] in by_length:
+        index = by_length[states.shape[1]][..., None]
+        return states.gather(1, index.expand(-1, -1, states.shape[2]))
+    return states
 
 
 def _attention_modules(tower: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from ...ops.attention import attention_received, attention_rows
 from ...reduction import Patches, UnsupportedError, VisionSpec
-from ..decoder.taps import AttentionTap
+from ..decoder.taps import tap_attention
 from ..families.parts import Anatomy
 from ..stopwatch import deciding
+from ..undo import Shared, Undo
 
 __all__ = ["VisionReader"]
 
@@ -42,8 +44,8 @@ class _Reading:
         return {name: torch.cat(parts, 1 if stream else 0) for name, parts in self.parts.items() if parts}
 
 
-class VisionReader:
-    """Listens to the tower's layers named in `specs`, from `install` to `remove`.
+class VisionReader(Shared):
+    """Listens to the tower's layers named in `specs`. What was read belongs to the thread that ran the tower.
 
     Raises:
         UnsupportedError: no such layer, or a CLS token was asked for where there is none.
@@ -52,12 +54,12 @@ class VisionReader:
     def __init__(self, anatomy: Anatomy, specs: dict[int, VisionSpec]):
         self.anatomy, self.specs = anatomy, specs
         self.has_cls = any(name.endswith(("class_embedding", "cls_token")) for name, _ in anatomy.vision_parameters())
-        self._readings: dict[int, _Reading] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._local = threading.local()
         self._project: Callable[[Tensor], Tensor] | None = None
         self._project_checked = False
 
-    def install(self) -> None:
+    def install(self, undo: Undo) -> None:
+        """Put the taps and hooks in, until `undo` is closed."""
         modules = self.anatomy.vision_attention()
         for layer, spec in self.specs.items():
             if not -len(modules) <= layer < len(modules):
@@ -68,20 +70,19 @@ class VisionReader:
                 )
             attention = modules[layer]
             if spec.attention or spec.key or spec.query:
-                tap = AttentionTap(attention, functools.partial(self._attending, layer, spec))
-                self._undo.append(tap.remove)
+                tap_attention(undo, attention, functools.partial(self._attending, layer, spec))
             if spec.features:
-                handle = self.anatomy.parent(attention).register_forward_hook(functools.partial(self._leaving, layer))
-                self._undo.append(handle.remove)
-
-    def remove(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-        self.clear()
+                undo.hook(self.anatomy.parent(attention), functools.partial(self._leaving, layer))
 
     def clear(self) -> None:
-        """Forget what was read: new images are about to be encoded."""
-        self._readings = {}
+        """Forget what this thread has read: new images are about to be encoded, or the call is over."""
+        self._local.readings = {}
+
+    @property
+    def _readings(self) -> dict[int, _Reading]:
+        if not hasattr(self._local, "readings"):
+            self.clear()
+        return self._local.readings
 
     # ------------------------------------------------------------------------------------------------ listening
     def _reading(self, layer: int) -> _Reading:

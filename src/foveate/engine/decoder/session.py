@@ -1,0 +1,434 @@
+"""A method in a model whose images stand as tokens in the sequence of a decoder.
+
+Forward hooks on the model, the decoder and its layers, instance attributes over methods of the model (`generate`,
+`get_placeholder_mask`, `get_*_features`) and attention taps. What a running call knows is a `Call`, one for a thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError, bind
+from ..compat import given_cache
+from ..families.parts import Anatomy, resolve
+from ..layout import build_layout
+from ..session import Session
+from ..vision.merging import TowerReduction
+from ..vision.reader import VisionReader
+from .cache import LogicalLayer, check_cache
+from .call import Call, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
+from .forward_pass import ForwardPass
+from .taps import tap_attention
+
+try:  # private: asked only what somebody collects in this call
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:  # pragma: no cover
+    _collector: Any = None  # type: ignore[no-redef]
+
+__all__ = ["DecoderSession"]
+
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_KEEPS_ITS_MEANING = {"hidden_states", "attentions"}
+"""What may be recorded in layers that run on fewer tokens."""
+
+
+class DecoderSession(Session):
+    """One method at work in one decoder, or in the decoder of one vision-language model.
+
+    Attributes:
+        anatomy: the parts of the model.
+        trace: see `Trace`.
+    """
+
+    def __init__(self, model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None):
+        if not (hasattr(reducer, "decide") and hasattr(reducer, "stages")):
+            raise OptionError(f"{type(reducer).__name__} is not a Reducer: it needs stages and decide(view)")
+        self.given = _checked_visual(visual)
+        self.anatomy = resolve(model, text_only=visual is not None)
+        super().__init__(self.anatomy.decoder)
+        self._vision: VisionReader | None = None
+        self._tower: TowerReduction | None = None
+        try:
+            self.reducer = bind(reducer, self.anatomy)
+            _check(self.reducer, self.anatomy)
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def _call(self) -> Call:
+        """The calling thread's own."""
+        if not hasattr(self._local, "call"):
+            self._local.call = Call()
+        return self._local.call
+
+    def _end(self, what: str) -> bool:
+        outermost = super()._end(what)
+        if outermost:  # nothing of a finished call is kept but its trace
+            self._local.call = Call()
+            for part in (self._vision, self._tower):
+                if part is not None:
+                    part.clear()
+        return outermost
+
+    # ------------------------------------------------------------------------------------------------ installing
+    def _install(self) -> None:
+        parts, undo, reducer = self.anatomy, self._undo, self.reducer
+        undo.pre_hook(parts.model, self._model_called, with_kwargs=True)
+        undo.hook(parts.model, self._model_done, always_call=True)
+        if parts.base is not parts.model:
+            undo.pre_hook(parts.base, self._base_called, with_kwargs=True)
+            undo.hook(parts.base, self._base_done, always_call=True)
+        undo.pre_hook(parts.decoder, self._decoder_called, with_kwargs=True)
+        undo.hook(parts.decoder, self._decoder_done, always_call=True)
+        for i, layer in enumerate(parts.layers):
+            undo.pre_hook(layer, functools.partial(self._layer_called, i), with_kwargs=True)
+            # First in line, so that every other hook sees the full frame.
+            undo.hook(layer, functools.partial(self._layer_done, i), prepend=True)
+        for i in reducer.taps:
+            tap_attention(undo, parts.attention(i), functools.partial(self._attending, i))
+        if reducer.vision_taps:
+            self._vision = VisionReader(parts, dict(reducer.vision_taps))
+            self._vision.install(undo)
+        tower = getattr(reducer, "tower", None)
+        if tower is not None and parts.vision is not None:
+            self._tower = TowerReduction(parts.vision, tower, parts.vision_layer)
+            self._tower.install(undo)
+        self._wrap(parts.model, "generate", self._watch_generate)
+        self._wrap(parts.base, "get_placeholder_mask", self._watch_placeholders)
+        for name in ("get_image_features", "get_video_features"):
+            self._wrap(parts.base, name, self._watch_features)
+        for name in _CONTINUOUS_BATCHING:
+            self._wrap(parts.model, name, self._refuse_batching)
+        for module in {
+            id(m): m for m in (parts.model, parts.base, parts.decoder, parts.vision) if m is not None
+        }.values():
+            undo.copied(module)
+
+    def _wrap(self, module: nn.Module, name: str, watch: Callable[[Callable], Callable]) -> None:
+        """Put a watching function over a method of the instance, whoever else has wrapped it before."""
+        method = getattr(module, name, None)
+        if method is not None:
+            # functools.wraps keeps the signature, which generate() inspects to find out what to pass.
+            self._undo.set(module, name, functools.wraps(method)(watch(method)))
+
+    # ---------------------------------------------------------------------------------------- what the model is asked
+    def _watch_generate(self, generate: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self._begin("generate"):
+                return generate(*args, **kwargs)
+            try:
+                self._record(None)
+                call = self._call
+                call.generating, call.prompt = True, prompt_length(args, kwargs)
+                call.chunk = chunk_size(self.anatomy.model, kwargs)
+                if call.chunk and carries_images(kwargs):
+                    raise _chunks(call.chunk)
+                if self.anatomy.own_generate and self.given is None and kwargs.get("input_ids") is not None:
+                    call.round_forward = self.anatomy.find_placeholders(kwargs["input_ids"], None)
+                return generate(*args, **kwargs)
+            finally:
+                self._end("generate")
+
+        return watched
+
+    def _refuse_batching(self, method: Callable) -> Callable:
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            if self._closed:
+                return method(*args, **kwargs)
+            raise UnsupportedError(
+                f"{method.__name__}: continuous batching keeps a paged cache of its own, in which nothing can be "
+                "removed; call generate() with a batch"
+            )
+
+        return refused
+
+    def _watch_placeholders(self, get_placeholder_mask: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            found = get_placeholder_mask(*args, **kwargs)
+            if self._closed:
+                return found
+            call = self._call
+            slots = self.anatomy.visual_of(found, kwargs.get("input_ids", args[0] if args else None))
+            if slots is not None:
+                call.placeholders = slots if call.placeholders is None else call.placeholders | slots
+            return found
+
+        return watched
+
+    def _watch_features(self, get_features: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            call = self._call
+            if call.encoding or not self._begin("features"):  # a video encoder that calls the image encoder
+                return get_features(*args, **kwargs)
+            for part in (self._vision, self._tower):
+                if part is not None:
+                    part.clear()
+            call.encoding = True
+            try:
+                features = get_features(*args, **kwargs)
+                given = dict(zip(inspect.signature(get_features).parameters, args)) | kwargs
+                is_video = get_features.__name__ == "get_video_features"
+                call.features.update({name: value for name, value in given.items() if value is not None})
+                call.features["video_features" if is_video else "image_features"] = getattr(
+                    features, "pooler_output", features
+                )
+                return features
+            finally:
+                call.encoding = False
+                self._end("features")
+
+        return watched
+
+    def _model_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module is self.anatomy.base:
+            self._base_called(module, args, kwargs)
+        elif self._begin("model"):
+            self._call.labels = kwargs.get("labels")
+
+    def _model_done(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module is self.anatomy.base:
+            self._base_done(module, args, output)
+        elif not self._closed:
+            self._call.labels = None
+            self._end("model")
+
+    def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        _refuse_compiling()
+        if not self._begin("base"):
+            return
+        call = self._call
+        call.placeholders, call.forward_pass, call.reduced, call.inside = None, None, False, True
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        call.given = {**kwargs, "input_ids": ids}
+        unseen = self.given is None and self.anatomy.placeholders_by_id
+        if unseen and carries_images(kwargs):
+            call.placeholders = self.anatomy.find_placeholders(ids, kwargs.get("inputs_embeds"))
+
+    def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._closed:
+            return
+        call = self._call
+        unseen = output is not None and carries_images(call.given) and not call.reduced
+        call.given, call.placeholders, call.inside = {}, None, False
+        self._end("base")
+        if unseen:
+            raise UnsupportedError(
+                f"{type(self.anatomy.model).__name__} was given images, but its decoder was never shown where they "
+                "stand, so nothing was removed (is forward or get_placeholder_mask replaced?); "
+                "say it by visual=BoolTensor (B, S)"
+            )
+
+    # ------------------------------------------------------------------------------------------------- the decoder
+    def _decoder_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        _refuse_compiling()
+        if not self._begin("decoder"):
+            return
+        call = self._call
+        call.forward_pass = None
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+        if inputs is None:
+            return
+        rows, length = inputs.shape[:2]
+        cache = given_cache(args, kwargs)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        visual, _items = self._visual_slots(rows, length, past, kwargs)
+        if visual is None:
+            self._text_called(cache, rows, length, past, inputs.device)
+            return
+        check_cache(cache)
+        if call.chunk:
+            raise _chunks(call.chunk)
+        given = {**kwargs, **call.given}
+        tokens = tokens_of(
+            (call.given.get("attention_mask"), kwargs.get("attention_mask")), rows, length, inputs.device
+        )
+        if not call.generating:
+            refuse_packing(given if call.inside else kwargs, tokens)
+        visual = visual.to(inputs.device)
+        info = {**call.features, **{name: value for name, value in call.given.items() if value is not None}}
+        if self._tower is not None:
+            info["tower_groups"] = self._tower.groups(self.anatomy, visual, info)
+        call.reduced = True
+        call.forward_pass = ForwardPass(
+            self.anatomy, self.reducer, rows, length, past, tokens, visual,
+            build_layout(self.anatomy, visual, info), info, self._vision, cache, self._exclusive,
+            self._required(visual, length),
+        )  # fmt: skip
+
+    def _text_called(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> None:
+        """A pass without images; over a reduced cache it still needs to know what is left."""
+        call = self._call
+        if not call.generating and (not past or length > 1):
+            self._record(None)
+        if any(isinstance(layer, LogicalLayer) for layer in getattr(cache, "layers", ())):
+            tokens = torch.ones(rows, length, dtype=torch.bool, device=device)
+            call.forward_pass = ForwardPass(self.anatomy, self.reducer, rows, length, past, tokens, cache=cache)
+
+    def _visual_slots(
+        self, rows: int, length: int, past: int, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of a prefill with images, cut to the prompt: (B, P) bool, and (B, P) long where items are numbered."""
+        if self.given is not None:
+            if past:
+                return None, None
+            if self.given.shape[1] > length or rows % self.given.shape[0]:
+                raise UnsupportedError(
+                    f"visual= is {tuple(self.given.shape)}, but the decoder was called with ({rows}, {length}) slots"
+                )
+            items = self.given.repeat_interleave(rows // self.given.shape[0], 0)
+            visual = items > 0
+            return (visual, None if self.given.dtype == torch.bool else items) if bool(visual.any()) else (None, None)
+        call = self._call
+        if call.round_forward is not None and not call.inside:
+            slots = None if past else call.round_forward.repeat_interleave(rows // len(call.round_forward), 0)
+            return slots, None
+        self._refuse_blind(length, past, kwargs)
+        slots = call.placeholders
+        if slots is None or not bool(slots.any()):
+            return None, None
+        if slots.shape != (rows, length):
+            raise UnsupportedError(
+                f"{type(self.anatomy.model).__name__}: images were looked for in {tuple(slots.shape)} slots, but the "
+                f"decoder was called with ({rows}, {length}); give the prompt whole, or visual=BoolTensor (B, S)"
+            )
+        return (slots[:, : min(length, call.prompt - past)] if call.prompt > past else slots), None
+
+    def _refuse_blind(self, length: int, past: int, kwargs: dict[str, Any]) -> None:
+        """Embeddings into which images may have been laid already: nobody says where."""
+        call = self._call
+        if (past and length == 1) or call.placeholders is not None:
+            return
+        model = call.given if call.inside else kwargs
+        if model.get("inputs_embeds") is None or model.get("input_ids") is not None or carries_images(model):
+            return
+        raise UnsupportedError(
+            f"{type(self.anatomy.model).__name__} was given inputs_embeds without pixels, so nothing tells which slots "
+            "are visual; apply(model, method, visual=BoolTensor (B, S)) says so (all False for text)"
+        )
+
+    def _required(self, visual: Tensor, length: int) -> Tensor | None:
+        """Slots from which a label is predicted must stay: (B, S) bool, None without labels."""
+        labels = self._call.labels
+        if not isinstance(labels, Tensor) or labels.shape[1] != length:
+            return None
+        learnt = labels.to(visual.device) != -100
+        if bool((learnt & visual).any()):
+            raise ValueError("labels on image placeholders: set them to -100, the model cannot learn to predict them")
+        return nn.functional.pad(learnt[:, 1:], (0, 1))
+
+    def _exclusive(self) -> frozenset[int]:
+        """Layers whose output only the next layer will see: their frame may be overwritten by it.
+
+        Raises:
+            UnsupportedError: something is recorded in the layers that has no meaning for removed tokens.
+        """
+        collected = (_collector.get() if _collector is not None else {"hidden_states": []}) or {}
+        strange = next((n for n in collected if not n.startswith("_") and n not in _KEEPS_ITS_MEANING), None)
+        if strange is not None:
+            raise UnsupportedError(
+                f"output_{strange}: removed tokens have no {strange.replace('_', ' ')}, and what is computed of all "
+                f"would be wrong; call the model with output_{strange}=False"
+            )
+        watched_by_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        if torch.is_grad_enabled() or watched_by_all or "hidden_states" in collected:
+            return frozenset()
+        layers, ours = self.anatomy.layers, self._undo.hooks
+        return frozenset(
+            i for i in range(len(layers) - 1) if not (_watched(layers[i], ours) or _watched(layers[i + 1], ours))
+        )
+
+    def _decoder_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._closed:
+            return
+        call = self._call
+        done, call.forward_pass = call.forward_pass, None
+        trace = done.finish() if done is not None and output is not None else None
+        if trace is not None and self._tower is not None:
+            trace.tower = list(self._tower.calls)
+        if trace is not None:
+            self._record(trace)
+        if not call.generating:  # inside generate() the features of the prompt may be needed once more
+            call.features = {}
+        self._end("decoder")
+        states = getattr(output, "hidden_states", None)
+        if trace is not None and states and done.first_frame is not None and states[0].shape[1] != done.length:
+            # transformers records what layer 0 was given; callers expect the whole prompt there.
+            output.hidden_states = (done.first_frame, *states[1:])
+
+    # --------------------------------------------------------------------------------------------------- the layers
+    def _layer_called(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        now = self._call.forward_pass
+        return None if now is None else now.enter(layer, module, args, kwargs)
+
+    def _layer_done(self, layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        now = self._call.forward_pass
+        return None if now is None else now.leave(layer, output)
+
+    def _attending(self, layer: int, *call: Any) -> None:
+        now = self._call.forward_pass
+        if now is not None:
+            now.listen(layer, *call)
+
+
+def _watched(layer: nn.Module, ours: frozenset[int]) -> bool:
+    hooks = {**layer._forward_hooks, **layer._forward_pre_hooks}
+    # transformers leaves its recorder installed after the first use; whether it listens is asked elsewhere.
+    return any(
+        key not in ours and getattr(hook, "__name__", "") != "output_capturing_hook" for key, hook in hooks.items()
+    )
+
+
+def _refuse_compiling() -> None:
+    if torch.compiler.is_compiling():
+        raise UnsupportedError("token reduction depends on the data; call the model without torch.compile")
+
+
+def _chunks(size: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"prefill_chunk_size={size} feeds the prompt in chunks, but a method has to see all of it; leave it out"
+    )
+
+
+def _checked_visual(visual: Any) -> Tensor | None:
+    if visual is None:
+        return None
+    whole = isinstance(visual, Tensor) and visual.dim() == 2 and visual.dtype in (torch.bool, torch.long)
+    if not whole or (visual.dtype == torch.long and bool((visual < 0).any())):
+        raise OptionError(
+            "visual= must be a BoolTensor (B, S), or a LongTensor (B, S) with 0 for text and 1, 2, ... for the images "
+            "and videos of a row"
+        )
+    return visual
+
+
+def _check(reducer: Reducer, anatomy: Anatomy) -> None:
+    """Refuse layers that do not exist and positions that cannot be renumbered."""
+    for member in getattr(reducer, "members", ()):
+        _check(member, anatomy)
+    kind, depth = type(reducer).__name__, anatomy.depth
+    for stage in reducer.stages:
+        if not BEFORE_LAYERS <= stage < depth:
+            raise OptionError(
+                f"{kind}: stage {stage} does not exist, the decoder has {depth} layers (0 to {depth - 1})"
+            )
+    for layer in reducer.taps:
+        if layer not in reducer.stages or layer < 0:
+            raise OptionError(f"{kind}: a tap in layer {layer} needs a stage after that layer")
+    if reducer.positions not in ("keep", "renumber"):
+        raise OptionError(f"{kind}: positions={reducer.positions!r}; use 'keep' or 'renumber'")
+    if reducer.positions == "keep":
+        return
+    if anatomy.mrope or not hasattr(anatomy.decoder, "rotary_emb"):
+        raise UnsupportedError(
+            f"{type(anatomy.model).__name__}: positions={reducer.positions!r} needs one-axis RoPE; use positions='keep'"
+        )

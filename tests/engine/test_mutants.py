@@ -16,7 +16,7 @@ from torch import Tensor
 
 import foveate
 from foveate.engine.decoder import cache, forward_pass, frame, masks, taps
-from foveate.engine.session import Session
+from foveate.engine.decoder.session import DecoderSession
 from foveate.reduction import TapSpec
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -140,14 +140,14 @@ def test_a_fault_is_caught(name: str, mutant: Patch, mutate: Callable[[Patch], N
 # --------------------------------------------------------------------------- faults that other checks are there for
 def test_overwritten_frames_are_caught(monkeypatch: pytest.MonkeyPatch):
     """Rows scattered in place where somebody else holds the frame."""
-    monkeypatch.setattr(Session, "_exclusive", lambda self: frozenset(range(6)))
+    monkeypatch.setattr(DecoderSession, "_exclusive", lambda self: frozenset(range(6)))
     assert _caught(lambda: test_outputs.test_hooks_see_the_full_frame_and_may_keep_it("llava", "after"))
     assert _caught(lambda: test_outputs.test_hidden_states_are_full_length("llava"))
 
 
 def test_a_forgotten_label_rule_is_caught(monkeypatch: pytest.MonkeyPatch):
     """The image token that predicts the first word of the answer is removed."""
-    monkeypatch.setattr(Session, "_required", lambda *args: None)
+    monkeypatch.setattr(DecoderSession, "_required", lambda *args: None)
     assert _caught(lambda: test_exact.test_training(("llava", build_once("llava"))))
 
 
@@ -178,7 +178,7 @@ def test_a_tap_without_the_mask_is_caught(monkeypatch: pytest.MonkeyPatch):
 def test_candidates_shown_to_a_method_are_caught(monkeypatch: pytest.MonkeyPatch):
     """In prompt-lookup decoding the first pass holds more than the prompt."""
     monkeypatch.setattr(
-        Session, "_watch_generate", lambda self, generate: lambda *args, **kwargs: generate(*args, **kwargs)
+        DecoderSession, "_watch_generate", lambda self, generate: lambda *args, **kwargs: generate(*args, **kwargs)
     )
     assert _caught(lambda: test_exact.test_prompt_lookup_decoding(("llava", build_once("llava"))))
 

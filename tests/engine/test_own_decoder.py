@@ -97,10 +97,9 @@ def test_beams(model: hf.PreTrainedModel, prompt: dict, visual: torch.Tensor):
 @torch.no_grad()
 def test_a_mask_that_does_not_fit_is_refused(prompt: dict, visual: torch.Tensor):
     model = spread_weights(DECODERS["llama"]())
-    with pytest.raises(foveate.OptionError, match="visual"):
-        foveate.apply(model, KeepAll(), visual=visual.long())
-    with pytest.raises(foveate.OptionError, match="visual"):
-        foveate.apply(model, KeepAll(), visual=visual[0])
+    for wrong in (visual.int(), visual.float(), -visual.long(), visual[0], visual.tolist()):
+        with pytest.raises(foveate.OptionError, match="visual"):
+            foveate.apply(model, KeepAll(), visual=wrong)
     longer = torch.zeros(2, LENGTH + 1, dtype=torch.bool)
     with foveate.apply(model, KeepAll(), visual=longer), pytest.raises(foveate.UnsupportedError, match=str(LENGTH)):
         model(**prompt)

@@ -231,7 +231,7 @@ def test_a_second_turn_with_a_new_image(family: tuple[str, PreTrainedModel]):
     with reference:
         expected = talk(reference)
     with foveate.apply(model, reducer) as session:
-        actual = talk(reducer)
+        actual = talk(session.reducer)
     kept = ~all_removed(again)
     assert largest((actual[0] - expected[0])[kept]) <= TOLERANCE
     assert largest(actual[1] - expected[1]) <= TOLERANCE

@@ -21,16 +21,17 @@ class Look(foveate.Reducer):
 
     def __init__(self, layer: int = -1):
         self.vision_taps = {layer: SPEC}
+        self.views: list[View] = []
 
     def decide(self, view: View) -> None:
-        self.view = view
+        self.views.append(view)
 
 
 def look(model, kwargs, layer: int = -1) -> View:
     reducer = Look(layer)
     with torch.no_grad(), foveate.apply(model, reducer):
         model(**kwargs)
-    return reducer.view
+    return reducer.views[-1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +129,7 @@ def test_beams_see_their_own_image() -> None:
     reducer = Look()
     with torch.no_grad(), foveate.apply(model, reducer):
         model.generate(**kwargs, max_new_tokens=1, num_beams=3, do_sample=False, pad_token_id=0)
-    beams = reducer.view.vision[-1]
+    beams = reducer.views[-1].vision[-1]
     for row in range(6):
         blocks = beams.rows == row
         assert int(blocks.sum()) == 1

@@ -384,7 +384,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="ViLT, METER"):
         EncoderSession(vlm, pumer())
     with pytest.raises(UnsupportedError, match="ViLT, METER"):
-        foveate.Session(vlm, pumer())
+        foveate.apply(vlm, pumer())
     with EncoderSession(encoder("ViltModel"), pumer()), pytest.raises(UnsupportedError, match="already"):
         EncoderSession(encoder("ViltModel"), pumer())
 

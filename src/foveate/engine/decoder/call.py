@@ -32,7 +32,7 @@ class Call:
         features: arguments and results of the vision encoder; within `generate` they outlive a pass.
         encoding: the vision encoder runs.
         placeholders: (B, S) bool, visual slots as the model found them, None if it has not looked.
-        round_forward: (B, S) bool, visual slots of a `generate` that feeds the decoder itself, round the model's forward.
+        round_forward: (B, S) bool, visual slots of a `generate` that goes round the forward of its model.
         reduced: a pass of this call has seen visual slots.
         labels: of the model that runs.
     """

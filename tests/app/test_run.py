@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import foveate
 from foveate.app import answer as answering
 from foveate.app import html, run
-from foveate.app.examples import examples, shipped_models
+from foveate.app.examples import examples
 from foveate.app.options import controls, describe, parse_options, usable_methods
 from foveate.app.pictures import entering_picture, score_picture, scoring_stage
 from foveate.app.run import AskError, Bill, Progress, Question, Runner, Stopped, explain, read_image
@@ -29,7 +29,7 @@ MODEL = "zoo:tiny-llava"
 
 @pytest.fixture(scope="module")
 def runner():
-    return Runner()
+    return Runner([MODEL])
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ class Fails(foveate.reduction.Reducer):
 
 
 def test_an_error_on_the_way_is_one_line_and_leaves_the_model_alone(runner, monkeypatch):
-    monkeypatch.setattr(run, "build", lambda *a, **k: Fails())
+    monkeypatch.setattr(run, "build_reducer", lambda *a, **k: Fails())
     with pytest.raises(RuntimeError) as error:
         list(runner.ask(question()))
     assert explain(error.value) == "This did not work: no idea what to keep"
@@ -171,7 +171,12 @@ def test_bad_uploads_are_named_without_their_folder(tmp_path):
         ({"image": None}, "image"),
         ({"text": "  "}, "question"),
         ({"model": "zoo:nope"}, "nope"),
-        ({"model": "/no/such/folder"}, "/no/such/folder"),
+        ({"model": "zoo:tiny-vilt"}, "not on offer"),  # it exists
+        ({"text": "why? " * 300}, "too long"),
+        ({"method": "os:getcwd"}, "os:getcwd"),
+        ({"method": "full"}, "full"),
+        ({"method": "cdpruner", "options": {"clip": "zoo:tiny-clip"}}, "clip='zoo:tiny-clip' is not on offer"),
+        ({"method": "cdpruner", "options": {"siglip": ["/etc"], "tokenizer": "x"}}, "siglip"),
         ({"keep": 0.0}, "keep=0.0"),
         ({"method": "fastw"}, "fastw"),
         ({"options": {"colour": 1}}, "colour"),
@@ -186,6 +191,12 @@ def test_bad_questions_get_one_line(runner, changed, says):
     assert "\n" not in line
     assert not line.startswith("This did not work")
     assert not patched(runner)
+
+
+def test_a_companion_on_offer_is_loaded():
+    runner = Runner([MODEL], ["zoo:tiny-clip"])
+    asked = question("cdpruner", options={"clip": "zoo:tiny-clip", "negate": False})
+    assert list(runner.ask(asked))[-1].trace.visual_tokens.max() < 196
 
 
 def test_photographs_stand_upright(tmp_path):
@@ -223,11 +234,6 @@ def test_options_are_read_from_text():
     for text in ("tau", "=3", "tau=", "tau=[1"):
         with pytest.raises(foveate.reduction.OptionError):
             parse_options(text)
-
-
-def test_shipped_models_are_those_that_answer():
-    assert MODEL in shipped_models()
-    assert "zoo:tiny-clip" not in shipped_models()
 
 
 # --------------------------------------------------------------------------------------------------- what is shown

@@ -1,18 +1,16 @@
-"""What the page offers to begin with: models that ship in the package, and images with questions about them."""
+"""What the page offers to begin with: images, with questions about them."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from .. import zoo
 from ..evaluate.data import DataError, load
 from ..zoo.scenes import scenes
 
-__all__ = ["examples", "shipped_models"]
+__all__ = ["examples"]
 
 _SCENES = ((11, "color"), (5, "digit"), (8, "where"))
 """(seed, kind of question) of the rendered scenes."""
@@ -31,14 +29,3 @@ def examples() -> tuple[tuple[str, str], ...]:
         sample.image.save(path)
         found.append((str(path), sample.question))
     return tuple(found)
-
-
-def shipped_models() -> list[str]:
-    """Names of the shipped models that answer questions about images, as `evaluate.answer.load` takes them."""
-    found = []
-    for name in zoo.names():
-        path = zoo.path(name) / "config.json"
-        config = json.loads(path.read_text()) if path.is_file() else {}
-        if any(kind.endswith("ForConditionalGeneration") for kind in config.get("architectures", ())):
-            found.append(f"zoo:{name}")
-    return found

@@ -5,15 +5,17 @@ Needs the extra `[app]` (Gradio). Works offline: no font, no script and no count
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import tempfile
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -24,12 +26,13 @@ from fastapi import FastAPI
 
 from ..engine.families.parts import resolve
 from . import html
-from .examples import examples, shipped_models
+from .examples import examples
+from .gate import Password, only_uploads
 from .options import controls, describe, parse_options, usable_methods
 from .pictures import entering_picture, score_picture
 from .run import AskError, Progress, Question, Runner, Stopped, explain, read_image
 
-__all__ = ["AddressError", "Page", "serve"]
+__all__ = ["AddressError", "Page", "Served", "serve"]
 
 Updates = dict[Any, Any]
 """Component -> its new value or properties."""
@@ -48,21 +51,46 @@ class AddressError(OSError):
     """Nothing can listen there. The message names host and port."""
 
 
+class Served(NamedTuple):
+    """Where the page is, and whether other machines can reach it."""
+
+    address: str
+    public: bool
+
+
 @contextmanager
-def serve(host: str, port: int, model: str, open_browser: bool = False) -> Iterator[str]:
-    """The page, up as long as the context lasts; yields its address. Port 0: any free one.
+def serve(
+    host: str,
+    port: int,
+    models: Sequence[str],
+    companions: Sequence[str] = (),
+    password: str | None = None,
+    open_browser: bool = False,
+) -> Iterator[Served]:
+    """The page, up as long as the context lasts.
+
+    Args:
+        host, port: where to listen; port 0: any free one.
+        models: what a visitor may choose from; the first is loaded now.
+        companions: what a visitor may give as `clip=` or `siglip=`.
+        password: asked of every visitor, by HTTP Basic authentication; None: the page is open.
+        open_browser: show it in a browser of this machine.
 
     Raises:
-        ModelError: `model` cannot be loaded.
+        ModelError: the first model cannot be loaded.
         AddressError: nothing can listen at that host and port.
     """
-    app = FastAPI()
+    app = FastAPI(openapi_url=None)
+    if password is not None:
+        app.add_middleware(Password, password=password)
     # Not by Blocks.launch: on a busy machine it gives up after five seconds, as if the port were taken.
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
-    with closing(_bound(config)) as listener:
+    with closing(_bound(config)) as listener, _own_uploads():
+        page = Page(Runner(models, companions))
+        only_uploads(page.blocks)
         gr.mount_gradio_app(
             app,
-            Page(Runner(), model).blocks.queue(default_concurrency_limit=None),
+            page.blocks.queue(default_concurrency_limit=None),
             path="/",
             ssr_mode=False,
             run_history=False,
@@ -76,14 +104,30 @@ def serve(host: str, port: int, model: str, open_browser: bool = False) -> Itera
         thread.start()
         while thread.is_alive() and not server.started:
             time.sleep(0.02)
-        address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{listener.getsockname()[1]}/"
+        bound, number = listener.getsockname()[:2]
+        name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(bound, f"[{bound}]" if ":" in bound else host)
+        address = f"http://{name}:{number}/"
         if open_browser:
             webbrowser.open(address)
         try:
-            yield address
+            yield Served(address, not ipaddress.ip_address(bound.partition("%")[0]).is_loopback)
         finally:
             server.should_exit = True
             thread.join(5)
+
+
+@contextmanager
+def _own_uploads() -> Iterator[None]:
+    """A folder of this page's own for what visitors upload, unless the environment names one."""
+    if "GRADIO_TEMP_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="foveate-app-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
 
 
 def _bound(config: uvicorn.Config) -> Any:
@@ -123,8 +167,9 @@ def _theme() -> gr.Theme:
 class Page:
     """The components, and the functions that answer to them. `blocks` is the whole."""
 
-    def __init__(self, runner: Runner, model: str):
+    def __init__(self, runner: Runner):
         self.runner = runner
+        model = runner.models[0]
         with runner.model(model) as vlm:
             methods, depth = usable_methods(vlm.model), resolve(vlm.model).depth
         with gr.Blocks(title="Foveate", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
@@ -135,8 +180,7 @@ class Page:
                     gr.HTML(html.HEADER)
                 with gr.Column(scale=4, min_width=300):
                     self.model = gr.Dropdown(
-                        list(dict.fromkeys([model, *shipped_models()])), value=model, label="Model",
-                        info="Choose, or type a folder or Hugging Face id and press Enter.", allow_custom_value=True,
+                        list(runner.models), value=model, label="Model", interactive=len(runner.models) > 1,
                         elem_id="fv-model",
                     )  # fmt: skip
             with gr.Row(elem_id="fv-page"):

@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +21,10 @@ from PIL import Image
 from ..engine.session import apply
 from ..engine.trace import Trace
 from ..evaluate.answer import VLM, ModelError, load
+from ..evaluate.contestants import COMPANIONS, Contestant, build_reducer
 from ..evaluate.data import DataError, Sample, open_image
 from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
-from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError, build
+from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
 from .answer import Job, Stopped, Times, generate, time_both
 from .options import offered
 
@@ -31,6 +32,9 @@ __all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "Stopped", "exp
 
 MAX_PIXELS = 50_000_000
 """Largest image the page takes; a 48-megapixel photograph still passes."""
+
+LONGEST_TEXT = 1000
+"""Characters of a question, and of its options."""
 
 _log = logging.getLogger(__name__)
 
@@ -142,11 +146,16 @@ def explain(error: BaseException) -> str:
 class Runner:
     """The loaded model and the queue before it.
 
-    Sessions are not thread-safe, so whoever touches the model holds the lock, in a thread that sees to the end of what
-    it began: a session is removed also when nobody reads the answer any more.
+    Whoever touches the model holds the lock, in a thread that sees to the end of what it began: a session is removed
+    also when nobody reads the answer any more.
+
+    Args:
+        models: all that may be loaded, as for `evaluate.answer.load`.
+        companions: all that the options `clip` and `siglip` of a question may name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, models: Sequence[str], companions: Sequence[str] = ()) -> None:
+        self.models, self.companions = tuple(models), tuple(companions)
         self._lock = threading.Lock()
         self._vlm: VLM | None = None
         self._jobs: dict[str, Job] = {}
@@ -214,11 +223,13 @@ class Runner:
         image = read_image(question.image)
         if not question.text.strip():
             raise AskError("Type a question first.")
-        reducer = build(offered(question.method), keep=question.keep, **question.options)
+        self._permit(question)
         now = Progress(question, "Waiting for the model", image)
         job.emit(now)
         with self._turn(job):
             vlm = self._load(question.model)
+            reducer = build_reducer(Contestant(question.method, question.options, question.keep), vlm)
+            assert reducer is not None  # "full" is no method on offer
             inputs = vlm.inputs([Sample(image, question.text, "", "", "")])
             now = replace(now, full_text=self._answer_full(vlm, inputs, now, job))
             now = self._answer_reduced(vlm, inputs, reducer, now, job)
@@ -237,8 +248,20 @@ class Runner:
         finally:
             self._lock.release()
 
+    def _permit(self, question: Question) -> None:
+        """What a visitor may ask for: nothing is imported, loaded or fetched because a request names it."""
+        if len(question.text) > LONGEST_TEXT:
+            raise AskError(f"The question is too long: at most {LONGEST_TEXT} characters.")
+        offered(question.method)
+        for name in COMPANIONS:
+            if (wanted := question.options.get(name)) is not None and wanted not in self.companions:
+                known = ", ".join(self.companions) or "none"
+                raise AskError(f"{name}={str(wanted)[:60]!r} is not on offer here; companions on offer: {known}.")
+
     def _load(self, name: str) -> VLM:
-        name = name.strip()
+        """The model, loaded if it is another than the one before. Raises `ModelError`."""
+        if name not in self.models:
+            raise ModelError(f"model {name[:60]!r}: not on offer here; on offer: {', '.join(self.models)}")
         if self._vlm is None or self._vlm.name != name:
             self._vlm = load(name)
             self._full.clear()

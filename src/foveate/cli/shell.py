@@ -33,6 +33,7 @@ __all__ = [
     "RecipeOption",
     "app",
     "method_and_options",
+    "note",
     "option_value",
     "plain",
     "progress",
@@ -98,8 +99,8 @@ app = typer.Typer(
     cls=OneLineGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -193,6 +194,11 @@ def _console() -> Console:
 def say(text: str = "") -> None:
     """A line on stdout, as it is."""
     print(text)  # noqa: T201
+
+
+def note(text: str) -> None:
+    """A line on stderr: about the work, not its result."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> None:

@@ -30,7 +30,7 @@ def sweep(
     ] = "easy-vqa,scenes",
     methods: Annotated[
         str | None,
-        typer.Option("--methods", "-m", metavar="A,B", help="Names, also NAME\\[option=value;...]; all (the default)."),
+        typer.Option("--methods", "-m", metavar="A,B", help="Names, also NAME[option=value;...]; all (the default)."),
     ] = None,
     keep: Annotated[
         str, typer.Option("--keep", "-k", metavar="A,B", help="Budgets: visual tokens per image or their fraction.")

@@ -17,7 +17,7 @@ from .data import Sample
 
 __all__ = ["FULL", "Contestant", "Entry", "build_reducer", "entries_for", "expand", "refusal"]
 
-_COMPANIONS = ("clip", "siglip")
+COMPANIONS = ("clip", "siglip")
 _TINY = ("zoo:tiny-llava", "zoo:tiny-clip")
 CHAIN = "chain"
 """Several methods in one model: option `members` lists them as {method, options}; the first one gets the budget."""
@@ -180,7 +180,7 @@ def build_reducer(contestant: Contestant, vlm: VLM) -> Reducer | None:
 
 def _build(method: str, given: Mapping[str, Any], keep: int | float | None, seed: int | None, vlm: VLM) -> Reducer:
     chosen = dict(given)
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if isinstance(chosen.get(name), str):
             if chosen[name].startswith(ZOO):
                 try:

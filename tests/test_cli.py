@@ -14,6 +14,7 @@ import foveate
 from foveate import zoo
 from foveate.cli import app
 from foveate.zoo.scenes import scenes
+from tests import families
 
 ZOO = "zoo:tiny-llava"
 RUN = ["run", ZOO, "--prompt", "what shape is red?"]
@@ -197,7 +198,10 @@ def test_flops(tmp_path):
     result = invoke("flops", "llava-1.5-7b", "-m", "fastv", "-k", "192", "-o", "layer=2", "--json", tmp_path / "f.json")
     assert result.exit_code == 0, result.output
     wrote = json.loads((tmp_path / "f.json").read_text())
-    assert wrote["tflops_full"] == pytest.approx(4.62, abs=0.005)  # SparseVLM, Table 1
+    assert wrote["tmacs_full"] == pytest.approx(4.62, abs=0.005)  # SparseVLM, Table 1, as "TFLOPs"
+    assert wrote["tflops_full"] == 2 * wrote["tmacs_full"]
+    assert "TMACs" in result.output
+    assert "TFLOPs" in result.output
     assert wrote["visual_tokens_entering"] == 216
     assert wrote["visual_tokens_after"] == 204
     assert wrote["reduction"] == pytest.approx(1 - wrote["tflops"] / wrote["tflops_full"])
@@ -217,6 +221,16 @@ def test_flops_of_a_local_config_and_another_prompt(tmp_path):
     assert short["tflops_full"] < long["tflops_full"]
     assert short["reduction"] > long["reduction"]
     assert "text-tokens=0" in complaint("flops", "llava-1.5-7b", "-m", "vtw", "--text-tokens", "0")
+    assert "visual-tokens=0" in complaint("flops", "llava-1.5-7b", "-m", "vtw", "--visual-tokens", "0")
+
+
+def test_flops_of_a_config_that_does_not_say_how_many_visual_tokens(tmp_path):
+    families.build("qwen2_5_vl").config.save_pretrained(tmp_path)
+    asked = ["flops", tmp_path, "-m", "visionzip", "-k", "0.5"]
+    assert "--visual-tokens" in complaint(*asked)
+    result = invoke(*asked, "--visual-tokens", "30", "--json", tmp_path / "f.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "f.json").read_text())["visual_tokens_entering"] == 15
 
 
 def test_run_side_by_side_with_a_picture(tmp_path, picture):

@@ -16,7 +16,7 @@ from foveate.measure import (
     Geometry,
     exact_flops,
     kv_bytes,
-    paper_flops,
+    paper_macs,
     report,
     schedule,
 )
@@ -115,13 +115,13 @@ def test_ragged_rows_are_added_up():
         model(inputs_embeds=torch.randn(2, 30, 64))
     rows = [geometry.with_prompt(20, 10), geometry.with_prompt(8, 22)]
     plans = [[20, 6, 6], [8, 6, 6]]
-    for cost in (paper_flops, exact_flops, kv_bytes):
+    for cost in (paper_macs, exact_flops, kv_bytes):
         assert cost(geometry, session.trace) == sum(cost(g, p) for g, p in zip(rows, plans))
 
 
 # ---------------------------------------------------------------------------------------------- the papers' formula
 def test_llava_costs_what_the_paper_says():
-    assert paper_flops(Geometry.preset("llava-1.5-7b")) / 1e12 == pytest.approx(4.62, abs=0.005)
+    assert paper_macs(Geometry.preset("llava-1.5-7b")) / 1e12 == pytest.approx(4.62, abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -132,29 +132,30 @@ def test_sparsevlm_schedules_cost_what_the_paper_says(slots, tokens, cut, tflops
     """Official v1.5 schedules (layers 2, 6, 15): the paper's FLOPs are those at the layers' inputs."""
     a, b, c = slots
     geometry = Geometry.preset("llava-1.5-7b")
-    cost = paper_flops(geometry, [576] * 3 + [a] * 4 + [b] * 9 + [c] * 16)
+    cost = paper_macs(geometry, [576] * 3 + [a] * 4 + [b] * 9 + [c] * 16)
     assert cost / 1e12 == pytest.approx(tflops, abs=0.02)
-    assert 1 - cost / paper_flops(geometry) == pytest.approx(cut, abs=0.005)
+    assert 1 - cost / paper_macs(geometry) == pytest.approx(cut, abs=0.005)
     after = [576] * 2 + [a] * 4 + [b] * 9 + [c] * 17
     assert sum(after) / 32 == pytest.approx(tokens, abs=1)
-    assert 1 - paper_flops(geometry, after) / paper_flops(geometry) > cut + 0.015
+    assert 1 - paper_macs(geometry, after) / paper_macs(geometry) > cut + 0.015
 
 
 @pytest.mark.parametrize(("layer", "cut"), [(13, 0.519), (15, 0.464), (16, 0.437), (20, 0.328)])
 def test_withdrawal_as_derived_from_the_formula(layer, cut):
     geometry = Geometry.of("llava-1.5-7b", text_tokens=85)
-    found = 1 - paper_flops(geometry, [576] * layer + [0] * (32 - layer)) / paper_flops(geometry)
+    found = 1 - paper_macs(geometry, [576] * layer + [0] * (32 - layer)) / paper_macs(geometry)
     assert found == pytest.approx(cut, abs=0.002)
 
 
 def test_multiply_adds_are_half_of_exact_flops_without_grouped_queries():
     geometry = Geometry.preset("llava-1.5-7b")
-    assert exact_flops(geometry, logits=0) == 2 * paper_flops(geometry)
+    assert exact_flops(geometry, logits=0) == 2 * paper_macs(geometry)
+    assert exact_flops(geometry, logits=0) == 1e12 * report(geometry, "random", 0.5)["tflops_full"]  # one unit
     grouped = Geometry.preset("qwen2.5-vl-7b")
-    assert exact_flops(grouped, logits=0) < 2 * paper_flops(grouped)
+    assert exact_flops(grouped, logits=0) < 2 * paper_macs(grouped)
 
 
-@pytest.mark.parametrize("cost", [paper_flops, exact_flops, kv_bytes])
+@pytest.mark.parametrize("cost", [paper_macs, exact_flops, kv_bytes])
 def test_another_depth_is_refused(cost):
     with pytest.raises(ValueError, match="32 layers"):
         cost(Geometry.preset("llava-1.5-7b"), [576] * 31)
@@ -209,12 +210,25 @@ def test_schedule_leaves_the_random_state_alone():
     assert torch.equal(first.entering, schedule(Geometry.preset("llava-1.5-7b"), CutAt(1, 100)).entering)
 
 
-def test_a_method_that_reads_the_vision_tower_is_refused():
-    class Sees(CutAt):
-        vision_taps = {-2: None}  # noqa: RUF012
+@pytest.mark.parametrize("visual", [576, 660, 101])  # a square, a rectangle, a line
+def test_methods_that_read_the_vision_tower(visual):
+    geometry = Geometry.of("llava-1.5-7b", visual_tokens=visual)
+    for method in ("visionzip", "fopru", "vispruner"):
+        assert schedule(geometry, foveate.build(method, keep=50)).entering.tolist() == [50] * 32
 
-    with pytest.raises(UnsupportedError, match="Sees reads the vision tower"):
-        schedule(Geometry.preset("llava-1.5-7b"), Sees(-1, 10))
+
+def test_methods_that_work_in_the_vision_tower():
+    geometry = Geometry.preset("llava-1.5-7b")
+    assert schedule(geometry, foveate.build("tome", keep=0.25)).entering.tolist() == [144] * 32
+
+
+@pytest.mark.parametrize(("method", "visual", "why"), [
+    ("evs", 660, "acts on videos"),
+    ("tome", 660, "cannot be followed without a model: .*needs layers like those of CLIP"),
+])  # fmt: skip
+def test_what_cannot_be_followed_says_why(method, visual, why):
+    with pytest.raises(UnsupportedError, match=f"{method} {why}"):
+        schedule(Geometry.of("llava-1.5-7b", visual_tokens=visual), foveate.build(method, keep=0.5))
 
 
 def test_a_prompt_without_text_or_image_is_refused():
@@ -227,11 +241,13 @@ def test_a_prompt_without_text_or_image_is_refused():
 def test_report_has_the_agreed_keys():
     found = report("llava-1.5-7b", "random", "192")
     assert list(found) == [
-        "geometry", "method", "keep", "tflops", "tflops_full", "reduction", "visual_tokens_entering",
-        "visual_tokens_after", "kv_mb", "kv_mb_full", "formula",
+        "geometry", "method", "keep", "tmacs", "tmacs_full", "tflops", "tflops_full", "reduction",
+        "visual_tokens_entering", "visual_tokens_after", "kv_mb", "kv_mb_full", "formula",
     ]  # fmt: skip
     assert (found["geometry"], found["method"], found["keep"]) == ("llava-1.5-7b", "random", 192)
-    assert found["tflops_full"] == pytest.approx(4.62, abs=0.005)
+    assert found["tmacs_full"] == pytest.approx(4.62, abs=0.005)  # SparseVLM's Table 1, "TFLOPs"
+    assert found["tflops_full"] == 2 * found["tmacs_full"]
+    assert found["tflops"] == 2 * found["tmacs"]
     assert found["reduction"] == pytest.approx(1 - found["tflops"] / found["tflops_full"])
     assert found["formula"] == PAPER_FORMULA
     assert found["kv_mb"] < found["kv_mb_full"]
@@ -255,7 +271,7 @@ def test_sparsevlm_saves_what_the_paper_says(keep, cut, faithful):
 
 def test_report_of_another_prompt():
     longer = report("llava-1.5-7b", "random", 0.5, text_tokens=1000)
-    assert longer["tflops_full"] > 9
+    assert longer["tmacs_full"] > 9
     assert longer["visual_tokens_entering"] == 288
     assert report("llava-1.5-7b", "random", 0.5, visual_tokens=100)["visual_tokens_entering"] == 50
 
@@ -284,5 +300,5 @@ def test_report_names_what_is_wrong(arguments, error, message):
 def test_trace_of_another_model_is_refused():
     trace = foveate.Trace(3, torch.ones(1, 4).bool(), torch.ones(1, 4).bool())
     with pytest.raises(ValueError, match="the trace 3"):
-        paper_flops(Geometry.preset("llava-1.5-7b"), trace)
+        paper_macs(Geometry.preset("llava-1.5-7b"), trace)
     assert dataclasses.is_dataclass(trace)

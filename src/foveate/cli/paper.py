@@ -69,11 +69,16 @@ def flops(
     text_tokens: Annotated[
         int | None, typer.Option(help="Tokens that are not visual; the preset's own by default.")
     ] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual tokens of the prompt; by default the preset's own, or one image.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """What a method saves in the decoder's prefill, on paper: no weights, no image.
 
     Example: foveate flops llava-1.5-7b --method sparsevlm --keep 192
+
+    Example: foveate flops path/to/config.json --visual-tokens 1320 --method fastv --keep 0.25
     """
     from ..measure import report
 
@@ -81,11 +86,14 @@ def flops(
     writable(json)
     if text_tokens is not None and text_tokens < 1:
         raise CommandError(f"text-tokens={text_tokens}: a prompt has at least one token besides the image")
+    if visual_tokens is not None and visual_tokens < 1:
+        raise CommandError(f"visual-tokens={visual_tokens}: without visual tokens there is nothing to reduce")
     try:
-        result = report(geometry, reducer, text_tokens=text_tokens)
+        result = report(geometry, reducer, text_tokens=text_tokens, visual_tokens=visual_tokens)
     except ValueError as error:
         raise CommandError(str(error)) from error
     rows = [
+        ["decoder prefill, TMACs", *_beside(result["tmacs_full"], result["tmacs"], ".3f")],
         ["decoder prefill, TFLOPs", *_beside(result["tflops_full"], result["tflops"], ".3f")],
         ["KV cache, MB (16 bit)", *_beside(result["kv_mb_full"], result["kv_mb"], ".1f")],
     ]
@@ -95,7 +103,7 @@ def flops(
         f"Visual tokens, mean over the layers: {result['visual_tokens_entering']:.1f} entering, "
         f"{result['visual_tokens_after']:.1f} left after."
     )
-    say(f"Formula: {result['formula']}.")
+    say(f"Formula: {result['formula']}. What papers print as FLOPs are MACs.")
     write_json(json, {**result, "options": options})
 
 

@@ -1,62 +1,40 @@
 """What a prefill costs on paper: FLOPs and KV bytes of the decoder, from its sizes and the visual tokens in each layer.
 
-Lives here: the two formulas, the schedule of a method without weights, and the report of `foveate flops`. Not here:
-time and memory as measured, the vision tower, the cost of deciding (0.2-1.6 % of one layer, see `ops.attention`).
+Lives here: the two formulas and the report of `foveate flops`. Not here: the schedule of a method (`schedule`), time
+and memory as measured, the vision tower, the cost of deciding (0.2-1.6 % of one layer, see `ops.attention`).
+
+One unit everywhere: a FLOP is one addition or one multiplication, so a multiply-add (MAC) is 2 FLOPs, as torch counts.
+What papers of this field print as FLOPs are multiply-adds.
 
 With n tokens in a layer (all of them, text included), C = hidden size, m = MLP width, H query and G key/value heads of
 width d, V = vocabulary:
 
-* `paper_flops`: sum over layers of 4 n C^2 + 2 n^2 C + 3 n C m. Multiply-adds, not FLOPs, and as if G d = H d = C; what
-  the SparseVLM paper prints. LLaVA-1.5-7B with 576 + 118 tokens: 4.62 T (its Table 1).
+* `paper_macs`: multiply-adds, sum over layers of 4 n C^2 + 2 n^2 C + 3 n C m, as if G d = H d = C; what the SparseVLM
+  paper prints. LLaVA-1.5-7B with 576 + 118 tokens: 4.62 T (its Table 1), which are 9.25 TFLOPs.
 * `exact_flops`: sum over layers of 2 n (2 C H d + 2 C G d + k C m) + 4 n^2 H d, with k = 3 matrices in a gated MLP and
   2 in a plain one, plus 2 C V per position whose logits are computed. Equals `torch.utils.flop_counter` on eager
-  attention: two FLOPs per multiply-add, attention as a full n x n matrix (what a causal or sliding mask hides is
-  counted), no norms, activations or RoPE.
+  attention: attention as a full n x n matrix (what a causal or sliding mask hides is counted), no norms, activations
+  or RoPE.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
-from ..engine.session import apply
 from ..engine.trace import Trace
-from ..reduction import Budget, Reducer, UnsupportedError, build
+from ..reduction import Budget, Reducer, build
 from .geometry import Geometry
+from .schedule import Schedule, schedule
 
-__all__ = ["PAPER_FORMULA", "Schedule", "exact_flops", "kv_bytes", "paper_flops", "report", "schedule"]
+__all__ = ["PAPER_FORMULA", "exact_flops", "kv_bytes", "paper_macs", "report"]
 
-PAPER_FORMULA = "4nC^2 + 2n^2C + 3nCm per decoder layer, n = all tokens entering it (multiply-adds)"
-_SYSTEM_TOKENS = 35  # before the image in LLaVA-1.5's prompt
-_NO_ATTENTION = "foveate_schedule"
-
-
-class Schedule(NamedTuple):
-    """Visual tokens, merged ones included, in each decoder layer.
-
-    Two averages are in use: `mean_entering` is over what each layer computes; `mean_after`, over what is left behind
-    it, is what SparseVLM's tables call the number of retained tokens.
-    """
-
-    entering: Tensor
-    """(layers,) long, at the input of each layer."""
-    after: Tensor
-    """(layers,) long, left after each layer and the decision behind it."""
-
-    @property
-    def mean_entering(self) -> float:
-        """Mean over the layers of the visual tokens entering them."""
-        return float(self.entering.double().mean())
-
-    @property
-    def mean_after(self) -> float:
-        """Mean over the layers of the visual tokens left after them."""
-        return float(self.after.double().mean())
+PAPER_FORMULA = (
+    "4nC^2 + 2n^2C + 3nCm multiply-adds (MACs) per decoder layer, n = all tokens entering it; 2 FLOPs per multiply-add"
+)
 
 
 # ------------------------------------------------------------------------------------------------------- formulas
@@ -84,8 +62,8 @@ def _lengths(
     return [(counts + geometry.text_tokens).tolist()]
 
 
-def paper_flops(geometry: Geometry, visual: Schedule | Trace | Tensor | Sequence[int] | None = None) -> int:
-    """Prefill cost as the papers print it: sum over layers of 4 n C^2 + 2 n^2 C + 3 n C m multiply-adds.
+def paper_macs(geometry: Geometry, visual: Schedule | Trace | Tensor | Sequence[int] | None = None) -> int:
+    """Multiply-adds of a prefill as the papers count them: sum over layers of 4 n C^2 + 2 n^2 C + 3 n C m.
 
     Args:
         geometry: the decoder; its `text_tokens` are added to the visual ones (a trace brings its own text).
@@ -113,7 +91,7 @@ def exact_flops(
 
     Args:
         geometry: the decoder.
-        visual: as in `paper_flops`.
+        visual: as in `paper_macs`.
         logits: positions per row for which the language-model head runs, 2 C V each; `generate` needs 1, 0 leaves the
             head out.
         fillers: count the padding and the fillers of a ragged batch of a trace, too: they are computed.
@@ -145,7 +123,7 @@ def kv_bytes(
 
     Args:
         geometry: the decoder.
-        visual: as in `paper_flops`.
+        visual: as in `paper_macs`.
         dtype_bytes: 2 for fp16 and bf16.
         fillers: count the padding and the fillers of a ragged batch of a trace, too: they are stored.
 
@@ -158,68 +136,6 @@ def kv_bytes(
             window = geometry.window(layer)
             stored += n if window is None else min(n, window - 1)
     return 2 * geometry.kv_heads * geometry.head_dim * stored * dtype_bytes
-
-
-# ------------------------------------------------------------------------------------------------------- schedule
-def schedule(geometry: Geometry, reducer: Reducer) -> Schedule:
-    """How many visual tokens a method leaves in each layer, without weights.
-
-    The method itself is run, on a random decoder of the geometry's depth and prompt but of width 32 and without
-    attention between tokens, so no method needs a second book-keeping. Where the number of tokens depends on the image
-    (rank rules, thresholds), it is what noise gives, not what a real picture would.
-
-    Args:
-        geometry: depth and prompt. The text is put as in LLaVA-1.5: 35 tokens before the image, the rest after it.
-        reducer: the method; `prepare` is called on it.
-
-    Raises:
-        UnsupportedError: the method reads a vision tower, which a geometry does not describe.
-        ValueError: no visual token, or no text after the image.
-    """
-    if geometry.visual_tokens < 1 or geometry.text_tokens < 1:
-        raise ValueError(
-            f"{geometry.name}: a schedule needs visual and text tokens, "
-            f"got {geometry.visual_tokens} and {geometry.text_tokens}"
-        )
-    name = getattr(reducer, "name", "") or type(reducer).__name__
-    if getattr(reducer, "vision_taps", None):
-        raise UnsupportedError(
-            f"{name} reads the vision tower, so its schedule cannot be worked out without a model; run foveate bench"
-        )
-    before = min(_SYSTEM_TOKENS, geometry.text_tokens - 1)
-    length = geometry.visual_tokens + geometry.text_tokens
-    visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[:, before : before + geometry.visual_tokens] = True
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        decoder = _stand_in(geometry.layers, length)
-        try:
-            with apply(decoder, reducer, visual=visual) as session:
-                decoder(inputs_embeds=torch.randn(1, length, decoder.config.hidden_size), logits_to_keep=1)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{name} cannot be followed without a model: {error}") from error
-    assert session.trace is not None
-    return Schedule(session.trace.visual_tokens[0], session.trace.visual_tokens_after[0])
-
-
-def _stand_in(layers: int, length: int) -> LlamaForCausalLM:
-    if _NO_ATTENTION not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(_NO_ATTENTION, _own_value)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=16,  # some methods choose among 14 heads or more
-        vocab_size=8,
-        max_position_embeddings=length,
-    )
-    config._attn_implementation = _NO_ATTENTION
-    return LlamaForCausalLM(config).eval()
-
-
-def _own_value(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
-    """Attention in which every token sees itself: what a method taps comes from `query` and `key` anyway."""
-    return value.transpose(1, 2), None
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -235,11 +151,12 @@ def report(
 ) -> dict[str, Any]:
     """What a method saves in the decoder's prefill, on paper.
 
-    `reduction` is a fraction of `tflops_full`; both are `paper_flops` at the layers' inputs: what is really computed.
-    The SparseVLM paper does the same: its schedules for 192 | 128 | 64 tokens of LLaVA-1.5-7B give 53.8 | 62.5 | 71.6 %
-    here, 53.7 | 62.8 | 71.9 % (2.14 | 1.72 | 1.30 T) in its Table 1. Its *token counts*, however, are means after each
-    layer (`visual_tokens_after`); at the inputs the same schedules average 206.5 | 145.4 | 82.2. Its cache sizes
-    (302.4 -> 100.8 MB) are those averages without the text; `kv_mb` has the text and what each layer really stores.
+    `tmacs` are `paper_macs` at the layers' inputs, what is really computed; `tflops` are twice as many, and `reduction`
+    is a fraction of `tflops_full`. The SparseVLM paper does the same: its schedules for 192 | 128 | 64 tokens of
+    LLaVA-1.5-7B give 53.8 | 62.5 | 71.6 % here, 53.7 | 62.8 | 71.9 % (2.14 | 1.72 | 1.30 T) in its Table 1. Its *token
+    counts*, however, are means after each layer (`visual_tokens_after`); at the inputs the same schedules average
+    206.5 | 145.4 | 82.2. Its cache sizes (302.4 -> 100.8 MB) are those averages without the text; `kv_mb` has the text
+    and what each layer really stores.
 
     Args:
         geometry: a preset, a `Geometry`, or a config as in `Geometry.from_config`.
@@ -251,7 +168,8 @@ def report(
         **chosen: further options of the method, e.g. `layer=16`.
 
     Returns:
-        `geometry`, `method`, `keep`; `tflops`, `tflops_full` (1e12, see `formula`), `reduction`;
+        `geometry`, `method`, `keep`; `tmacs`, `tmacs_full` (1e12 multiply-adds, see `formula`), `tflops`, `tflops_full`
+        (1e12 FLOPs, 2 per multiply-add), `reduction`;
         `visual_tokens_entering`, `visual_tokens_after` (means over the layers); `kv_mb`, `kv_mb_full` (1e6 bytes, all
         tokens of the prompt); `formula`.
 
@@ -266,13 +184,15 @@ def report(
     elif keep is not None or chosen:
         raise ValueError("keep and options belong to a method given by name; this one is built already")
     plan = schedule(shape, method)
-    cost, full = paper_flops(shape, plan), paper_flops(shape)
+    cost, full = paper_macs(shape, plan), paper_macs(shape)
     return {
         "geometry": shape.name,
         "method": method.name or type(method).__name__,
         "keep": _plain(getattr(method, "keep", None)),
-        "tflops": cost / 1e12,
-        "tflops_full": full / 1e12,
+        "tmacs": cost / 1e12,
+        "tmacs_full": full / 1e12,
+        "tflops": 2 * cost / 1e12,
+        "tflops_full": 2 * full / 1e12,
         "reduction": 1 - cost / full,
         "visual_tokens_entering": plan.mean_entering,
         "visual_tokens_after": plan.mean_after,

@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["PRESETS", "Geometry"]
 
 PAPER_TEXT_TOKENS = 118
-"""Prompt of the SparseVLM paper besides the image: 576 + 118 tokens reproduce its 4.62 TFLOPs for LLaVA-1.5-7B."""
+"""Prompt of the SparseVLM paper without the image: 576 + 118 tokens make its 4.62 T MACs for LLaVA-1.5-7B."""
 
 # Decoders whose MLP is two matrices (up, down). All others that carry images use three (gate, up, down).
 _PLAIN_MLP = frozenset({"opt", "gpt2", "gpt_neox", "gptj", "phi", "bloom", "falcon", "starcoder2", "persimmon", "mpt"})
@@ -209,7 +209,10 @@ def _tokens_per_image(name: str, config: Any) -> int:
     size = size[0] if isinstance(size, list | tuple) else size
     patch = patch[0] if isinstance(patch, list | tuple) else patch
     if not size or not patch:
-        raise ValueError(f"{name}: the number of image tokens depends on the image; give visual_tokens")
+        raise ValueError(
+            f"{name}: the number of visual tokens depends on the image's size, so say it: "
+            "visual_tokens=N (--visual-tokens N)"
+        )
     side = int(size) // int(patch)
     shrink = _get(config, "scale_factor") or _get(config, "downsample_factor") or 1
     if _get(config, "downsample_ratio"):

@@ -171,9 +171,10 @@ class Tap:
     Attributes:
         weights: (B, R, N), or (B, H, R, N) with `heads="none"`.
         row_valid: (B, R) bool; False marks padding of a row list shorter than the longest in the batch.
-        query_slots: (B, R) sequence slot of each row.
+        query_slots: (B, R) sequence slot of each row, 0 for padding.
         key_slots: (B, N) sequence slot of each key; -1 marks a filler, negative slots an earlier turn.
-        query: (B, H, R, d) or None.  key: (B, Hkv, N, d) or None.
+        query: (B, H, R, d) or None.  key: (B, Hkv, N, d) or None. With one-axis RoPE, turned as if the first token of
+            the row, padding left out, were at position 0.
     """
 
     weights: Tensor

@@ -41,10 +41,9 @@ class Look(foveate.Reducer):
 
 @torch.no_grad()
 def read(model: Any, prompt: dict[str, Tensor], layer: int) -> Patches:
-    reducer = Look(layer)
-    with foveate.apply(model, reducer):
+    with foveate.apply(model, Look(layer)) as session:
         model(**prompt)
-    return reducer.patches
+    return session.reducer.patches
 
 
 @contextmanager

@@ -27,10 +27,9 @@ def check(path: Path) -> None:
     model = tiny_llama.load(path.parent)
     visual = visual_slots(path.parent)
     embeds, layer = golden["inputs_embeds"], golden.scalar("K")
-    row = _Row(layer - 1)
-    with foveate.apply(model, row, visual=visual), torch.no_grad():
+    with foveate.apply(model, _Row(layer - 1), visual=visual) as session, torch.no_grad():
         model(inputs_embeds=embeds, use_cache=False)
-    golden.compare("attention_row", row.weights, atol=1e-5)
+    golden.compare("attention_row", session.reducer.weights, atol=1e-5)
 
     reducer = foveate.FastV(keep=golden.scalar("ratio"), layer=layer, faithful=True)
     with foveate.apply(model, reducer, visual=visual) as session:

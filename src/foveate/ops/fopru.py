@@ -11,7 +11,7 @@ __all__ = ["best_rows", "best_tokens", "given_and_received", "significance"]
 
 
 def given_and_received(
-    query: Tensor, key: Tensor, cls_key: Tensor, scaling: float, block: int = 64
+    query: Tensor, key: Tensor, cls_key: Tensor, scaling: float, valid: Tensor | None = None, block: int = 64
 ) -> tuple[Tensor, Tensor]:
     """Attention among the patches alone (softmax with the CLS token, its row and column left out), averaged.
 
@@ -19,6 +19,7 @@ def given_and_received(
         query, key: (I, N, H, d).
         cls_key: (I, H, d).
         scaling: factor on the dot products.
+        valid: (I, N) bool, patches that exist; all by default.
         block: queries at a time; never N x N.
 
     Returns:
@@ -26,18 +27,29 @@ def given_and_received(
             heads are averaged.
     """
     keys = torch.cat([cls_key[:, None], key], 1).float().permute(0, 2, 3, 1)
+    valid = torch.ones_like(key[:, :, 0, 0], dtype=torch.bool) if valid is None else valid
+    number = valid.sum(1, keepdim=True).clamp_min(1)
+    missing = torch.nn.functional.pad(~valid, (1, 0))[:, None, None]
     given, received = [], keys.new_zeros(len(key), key.shape[1])
-    for part in query.float().transpose(1, 2).split(block, 2):
-        weights = (part @ keys * scaling).softmax(-1).mean(1)[..., 1:]
-        given.append(weights.mean(2))
+    for part, asking in zip(query.float().transpose(1, 2).split(block, 2), valid.split(block, 1)):
+        weights = (part @ keys * scaling).masked_fill_(missing, -torch.inf).softmax(-1).mean(1)[..., 1:]
+        weights = weights * asking[..., None]
+        given.append(weights.sum(2) / number)
         received = received + weights.sum(1)
-    return torch.cat(given, 1), received / query.shape[1]
+    return torch.cat(given, 1), received / number
 
 
-def significance(given: Tensor, received: Tensor) -> Tensor:
-    """Whichever of the two (I, N) varies more over the patches, for each image: (I, N)."""
-    more = received.float().var(1, keepdim=True) >= given.float().var(1, keepdim=True)
+def significance(given: Tensor, received: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Whichever of the two (I, N) varies more over the patches that exist (I, N), for each image: (I, N)."""
+    valid = torch.ones_like(given, dtype=torch.bool) if valid is None else valid
+    more = _spread(received.float(), valid) >= _spread(given.float(), valid)
     return torch.where(more, received, given)
+
+
+def _spread(values: Tensor, valid: Tensor) -> Tensor:
+    """Sum of the squared deviations from the mean: (I, 1)."""
+    mean = values.masked_fill(~valid, 0.0).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
+    return (values - mean).masked_fill(~valid, 0.0).square().sum(1, keepdim=True)
 
 
 def best_tokens(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:

@@ -31,9 +31,8 @@ def energy_pairs(x: Tensor, valid: Tensor, r: Tensor, margin: float, alpha: floa
     units = normalize(x.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
     similarity = units @ units.transpose(1, 2)
     number = valid.sum(1, keepdim=True)
-    # Padding has similarity 0 with everything: take its share out of the sum.
-    empty = elu(x.new_tensor(-margin, dtype=torch.float32), alpha=alpha) * (valid.shape[1] - number)
-    energy = (elu(similarity - margin, alpha=alpha, inplace=True).sum(2) - empty) / number.clamp_min(1)
+    near = elu(similarity - margin, alpha=alpha, inplace=True).masked_fill_(~valid[:, None], 0.0)
+    energy = near.sum(2) / number.clamp_min(1)
     ranked = energy.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(ranked).scatter_(
         1, ranked, torch.arange(ranked.shape[1], device=x.device).expand_as(ranked)
@@ -62,7 +61,8 @@ def merge_to_counts(
         leader (I, N): the token whose place each token's group takes (undefined where not alive); index (I, n): those
         places, ascending, -1 for padding; and the groups' values (I, n, D).
     """
-    have, wanted = torch.stack([alive.sum(1), counts]).tolist()
+    number = alive.sum(1)
+    have, wanted = torch.stack([number, counts]).tolist()
     place = alive.cumsum(1) - 1
     index = (~alive).to(torch.int8).argsort(dim=1, stable=True)[:, : max(have)]
     valid = alive.gather(1, index)
@@ -70,14 +70,17 @@ def merge_to_counts(
     size = size.gather(1, index).float()
     while any(now > then for now, then in zip(have, wanted)):
         removed = [min(now - then, now // 2) if now > then else 0 for now, then in zip(have, wanted)]
-        r = torch.tensor(removed, device=x.device)
+        r = torch.minimum(number - counts, number // 2).clamp_min(0)
         source, partner = match(x, valid, r)
+        number = number - r
         have = [now - gone for now, gone in zip(have, removed)]
         into = torch.where(source, partner, torch.arange(x.shape[1], device=x.device))
         weight = torch.where(valid, size if weighted else torch.ones_like(size), 0)
         total = torch.zeros_like(weight).scatter_add(1, into, weight)
-        x = torch.zeros_like(x).scatter_add(1, into[..., None].expand_as(x), x * weight[..., None])
-        x = x / total.clamp_min(1e-9)[..., None]
+        mean = torch.zeros_like(x).scatter_add(1, into[..., None].expand_as(x), x * weight[..., None])
+        # A token that nothing joins is not touched, not even by rounding: other samples may need more rounds.
+        joined = torch.zeros_like(into).scatter_add(1, into, source.long()) > 0
+        x = torch.where(joined[..., None], mean / total.clamp_min(1e-9)[..., None], x)
         size = torch.zeros_like(size).scatter_add(1, into, torch.where(valid, size, 0))
         index = torch.full_like(index, 1 << 40).scatter_reduce(1, into, index, "amin")
         valid = valid & ~source

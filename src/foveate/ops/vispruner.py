@@ -22,7 +22,7 @@ def _pairs(units: Tensor, cosines: Tensor | None, left: Tensor, right: Tensor) -
 
 
 def remove_duplicates(
-    features: Tensor, order: Tensor, counts: Tensor, wanted: Tensor, per_round: int = 8, canonical: bool = True
+    features: Tensor, order: Tensor, counts: Tensor, wanted: Tensor, per_round: int | Tensor = 8, canonical: bool = True
 ) -> Tensor:
     """Bring the listed tokens of every sample down to `wanted`, always removing those most similar to a neighbour.
 
@@ -33,10 +33,10 @@ def remove_duplicates(
 
     Args:
         features: (I, N, C); compared in float32 (float64 if they are).
-        order: (I, M) long, the list, left-aligned.
+        order: (I, M) long, the list, left-aligned; what is behind its end takes no part.
         counts: (I,) its length in each sample.
         wanted: (I,) at most `counts`.
-        per_round: tokens that go in a round.
+        per_round: tokens that go in a round, or how many in each sample (I,).
         canonical: after each round the list is in ascending order, so that nothing depends on the order of
             similarities that are nearly equal; any length is served. False, the official code: what is left of the even
             places follows in descending order of similarity, then the odd places.
@@ -49,31 +49,34 @@ def remove_duplicates(
             tokens to remove: the official code fails.
     """
     samples, tokens = features.shape[:2]
-    have, then = counts.tolist(), wanted.tolist()
+    most = per_round if isinstance(per_round, Tensor) else torch.full_like(counts, per_round)
+    have, then, at_most = torch.stack([counts, wanted, most]).tolist()
     if not any(then):
         return torch.zeros(samples, tokens, dtype=torch.bool, device=features.device)
     units = normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     cosines = units @ units.transpose(1, 2) if tokens <= _LARGEST_MATRIX else None
     order = torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, tokens)
     while any(n > w for n, w in zip(have, then)):
-        gone = [min(per_round, n - w, (n + 1) // 2) if n > w else 0 for n, w in zip(have, then)]
+        gone = [max(min(m, n - w, (n + 1) // 2), 0) for n, w, m in zip(have, then, at_most)]
+        goes = torch.minimum(torch.minimum(most, counts - wanted), (counts + 1) // 2).clamp_min(0)
         if not canonical:
-            wrong = [n for n, w in zip(have, then) if n > w and (n % 2 or n // 2 < min(per_round, n - w))]
+            wrong = [n for n, w, m in zip(have, then, at_most) if n > w and (n % 2 or n // 2 < min(m, n - w))]
             if wrong:
                 raise ValueError(f"{wrong[0]} tokens cannot be compared pair by pair")
         even, odd = order[:, ::2], order[:, 1::2]
         similar = _pairs(units, cosines, even.clamp_max(tokens - 1), odd.clamp_max(tokens - 1))
         if not odd.shape[1]:  # a single token: nothing to compare it with, it goes
             similar = units.new_zeros(*even.shape, 1)
-        elif samples > 1 or canonical:
+        else:
             similar = similar.masked_fill((odd == tokens)[:, None], -2.0)
         best = similar.amax(2).masked_fill(even == tokens, -torch.inf)
         ranking = best.argsort(dim=1, descending=True, stable=True)
-        removed = torch.arange(even.shape[1], device=order.device) < torch.tensor(gone, device=order.device)[:, None]
+        removed = torch.arange(even.shape[1], device=order.device) < goes[:, None]
         left = even.gather(1, ranking).masked_fill(removed, tokens)
         have = [n - g for n, g in zip(have, gone)]
         # A sample that is done keeps its list; its padding is at the end already.
-        done = torch.tensor([g == 0 for g in gone], device=order.device)[:, None]
+        done = (goes == 0)[:, None]
+        counts = counts - goes
         new = torch.cat([left, odd], 1)
         if canonical:
             new = new.sort(1).values

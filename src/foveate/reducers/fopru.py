@@ -80,7 +80,9 @@ class FoPru(Reducer):
             return blocks.attention(self._layer)
         assert read.query is not None
         assert read.key is not None
-        return significance(*given_and_received(read.query, read.key, read.cls_key, read.key.shape[3] ** -0.5))
+        scaling = read.key.shape[3] ** -0.5
+        given = given_and_received(read.query, read.key, read.cls_key, scaling, blocks.valid)
+        return significance(*given, blocks.valid)
 
     def _counts(self, blocks: Blocks, height: Tensor, width: Tensor) -> Tensor:
         share = self._budget.keep

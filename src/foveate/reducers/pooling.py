@@ -100,9 +100,11 @@ class AveragePool(Reducer):
         means = means / total.clamp_min(1)[..., None]
 
         leaders = middles.gather(1, place)
-        outside = view.visual & (blocks.to_slots((cells + 1).clamp_min(0), *view.active.shape) == 0)
-        decision = decide_by_groups(view, blocks, leaders, dropped=outside)
-        kept = decision.keep & view.visual if decision.keep is not None else view.visual
+        pooled = blocks.to_slots((cells + 1).clamp_min(0), *view.active.shape) > 0
+        # An image that keeps all its tokens keeps its row ends, too.
+        whole = images.to_slots((images.valid & (counts == images.valid.sum(1))[:, None]).float(), *view.active.shape)
+        decision = decide_by_groups(view, blocks, leaders, dropped=view.visual & ~pooled & (whole == 0))
+        kept = pooled if decision.keep is None else pooled & decision.keep
         slots, real = true_indices(kept, int(kept.sum(1).max()))
         flat = torch.arange(len(cells), device=cells.device)[:, None] * number + cells + 1
         cell = blocks.to_slots(torch.where(cells >= 0, flat, 0), *view.active.shape).gather(1, slots)
@@ -205,4 +207,8 @@ class Downsample(Reducer):
         if not len(images.rows):
             return None
         leaders = tower_leaders(view, images)
-        return decide_by_groups(view, images, leaders, dropped=view.visual & (view.info["tower_groups"] < 0))
+        own = torch.arange(leaders.shape[1], device=leaders.device)
+        smaller = ((leaders != own) & images.valid).any(1, keepdim=True)
+        reduced = images.to_slots((images.valid & smaller).float(), *view.active.shape) > 0
+        ends = reduced & (view.info["tower_groups"] < 0)  # a row end belongs to the larger image
+        return decide_by_groups(view, images, leaders, dropped=ends)

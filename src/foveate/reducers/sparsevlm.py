@@ -286,7 +286,8 @@ class SparseVLM(Reducer):
         floor = None if self.faithful else self.gravity_floor
         gravity = raters.gravity_weights(ones, tap.query_slots, tap.key_slots.clamp(0, length - 1), floor)
         corrected = tap.weights / gravity[:, None]
-        keys = view.visual.gather(1, tap.key_slots.clamp(0, length - 1)) & (tap.key_slots >= 0)
+        inside = (tap.key_slots >= 0) & (tap.key_slots < length)
+        keys = view.visual.gather(1, tap.key_slots.clamp(0, length - 1)) & inside
         rows = self._rows(view, tap, self.choice("score_rows"))
         sums = (corrected * (rows[:, :, None] & keys[:, None])[:, None]).sum((2, 3))
         numbers, chosen = raters.top_heads(sums, self._heads)

@@ -87,12 +87,12 @@ class VisPruner(Reducer):
         by_attention = (shares.double() * self.important_ratio).long()
         important = best_tokens(scores, valid, by_attention)
         rest = valid & ~important
-        counts, tokens = rest.sum(1), valid.shape[1]
+        counts, tokens, size = rest.sum(1), valid.shape[1], valid.sum(1)
         if self.faithful:
             order = ranked(scores, rest)
         else:
             order = listed(rest, tokens).clamp_min(0)
-        per_round = 8 if self.faithful else max(8, -(-tokens // 72))
+        per_round = 8 if self.faithful else ((size + 71) // 72).clamp_min(8)
         try:
             diverse = remove_duplicates(features, order, counts, shares - by_attention, per_round, not self.faithful)
         except ValueError as error:

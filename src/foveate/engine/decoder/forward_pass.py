@@ -24,7 +24,7 @@ from ..vision.reader import VisionReader
 from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
 from .masks import Reach, reduced_mask
-from .taps import choose_rows, read_rows
+from .taps import choose_rows, counted_from_first, read_rows
 
 __all__ = ["ForwardPass"]
 
@@ -70,6 +70,7 @@ class ForwardPass:
     _next: Tensor | None = None
     _patches: dict[int, Patches] | None = None
     _project: Callable[[Tensor], Tensor] | None = None
+    _embeddings: Any = None
 
     def __post_init__(self) -> None:
         self.stages = frozenset(self.reducer.stages) if self.visual is not None else frozenset()
@@ -93,7 +94,7 @@ class ForwardPass:
                 self.first_frame = hidden
         self._frame, self._reach = hidden, None
         self.cache = given_cache(args, kwargs)
-        stored = self._stored(layer, self.cache)
+        stored, self._embeddings = self._stored(layer, self.cache), kwargs.get("position_embeddings")
         self._keys_per_layer[layer] = self.past + self.length
         if self.active is None and stored is None:
             return None if hidden is given else _with_hidden(args, kwargs, hidden)
@@ -103,7 +104,8 @@ class ForwardPass:
         self._keys_per_layer[layer] = reach.keys.shape[1]
         changed["attention_mask"] = self._mask(kwargs.get("attention_mask"), reach, hidden.dtype)
         if "position_embeddings" in kwargs:
-            changed["position_embeddings"] = self._rope(layer, kwargs["position_embeddings"], hidden, stored)
+            self._embeddings = self._rope(layer, kwargs["position_embeddings"], hidden, stored)
+            changed["position_embeddings"] = self._embeddings
         if self.active is not None:
             hidden = take_rows(hidden, self.active)
             args, changed = args[:1] + tuple(map(self._take, args[1:])), self._take_others(changed)
@@ -233,6 +235,9 @@ class ForwardPass:
             keys = torch.arange(total - key.shape[2], total, device=rows.device).expand(self.rows, -1)
             reach = Reach(keys, rows + past, None, valid, False, past, self.length, None)
         self.tap = read_rows(spec, wanted, rows, reach, query, key, mask, kwargs)
+        if spec.keep_qk and not past and not self.anatomy.mrope:
+            there = self.tokens.gather(1, rows) if valid is None else self.tokens.gather(1, rows) & valid
+            counted_from_first(module, self.tap, self._embeddings, there.int().argmax(1))
 
     def _active(self) -> Tensor:
         return self.tokens if self.active is None else self.active.keep

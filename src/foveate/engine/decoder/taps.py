@@ -22,7 +22,7 @@ from ...reduction import Tap, TapSpec, UnsupportedError
 from ..undo import Undo
 from .masks import Reach
 
-__all__ = ["choose_rows", "in_backward", "read_rows", "tap_attention"]
+__all__ = ["choose_rows", "counted_from_first", "in_backward", "read_rows", "tap_attention"]
 
 _PREFIX = "foveate_tap:"
 _LISTENERS = "_foveate_taps"
@@ -128,7 +128,8 @@ def read_rows(
         chosen = chosen & reach.valid
     count = 1 if spec.queries == "last" else int(chosen.sum(1).max())
     rows, row_valid = true_indices(chosen, count)
-    slots = index.gather(1, rows)
+    # Padding points at slot 0: what fills up a short list may lie behind the prompt, where a method has nothing.
+    slots = index.gather(1, rows).masked_fill(~row_valid, 0)
     allowed, bias = _visibility(mask, rows, slots + reach.past, reach, kwargs.get("sliding_window"))
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     weights = attention_rows(query, key, rows, allowed, bias, scaling, kwargs.get("softcap"))
@@ -142,6 +143,29 @@ def read_rows(
     if home == here:
         return tap
     return Tap(**{name: None if value is None else value.to(home) for name, value in vars(tap).items()})
+
+
+def counted_from_first(module: nn.Module, tap: Tap, rope: Any, first: Tensor) -> None:
+    """Turn queries and keys back, as if positions were counted from the first token of each row.
+
+    A plain forward numbers the padding on the left, too. Attention does not notice, but a norm that depends on the
+    rotation would (DART's).
+
+    Args:
+        module: the attention module that rotated them.
+        tap: with query and key; changed in place.
+        rope: cos and sin that the layer was handed, (B or 1, n, d); anything else is left alone.
+        first: (B,) which of the n is the first token.
+    """
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    pair = isinstance(rope, tuple | list) and len(rope) == 2 and all(part.dim() == 3 for part in rope)
+    if rotate is None or not pair or tap.query is None or tap.key is None:
+        return
+    first = first.to(rope[0].device)
+    rows = torch.arange(len(first), device=first.device)
+    cos, sin = (part.expand(len(first), -1, -1)[rows, first, None].float().to(tap.key.device) for part in rope)
+    scale = (cos.square() + sin.square()).sqrt()
+    tap.query, tap.key = rotate(tap.query.float(), tap.key.float(), cos / scale, -sin / scale)
 
 
 def _visibility(

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from foveate.engine.session import apply
+from foveate.engine.apply import apply
 from foveate.evaluate.answer import answer, load
 from foveate.evaluate.contestants import build_reducer
 from foveate.evaluate.data import load as data

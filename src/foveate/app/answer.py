@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, TextStreamer
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..evaluate.answer import VLM, prefill_seconds
 from ..reduction import Reducer
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..reduction import OptionError, UnsupportedError, build, info, names, options
 
 __all__ = ["Choice", "Controls", "controls", "describe", "offered", "parse_options", "usable_methods"]

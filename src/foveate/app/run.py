@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..engine.trace import Trace
 from ..evaluate.answer import VLM, ModelError, load
 from ..evaluate.contestants import COMPANIONS, Contestant, build_reducer

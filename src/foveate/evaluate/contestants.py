@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import zoo
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..reducers.chain import Chain
 from ..reduction import Budget, BudgetError, OptionError, Reducer, UnsupportedError, build, options
 from .answer import VLM, ZOO, prefill_seconds

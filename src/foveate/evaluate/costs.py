@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..engine.trace import Trace
 from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from ..reduction import Reducer, UnsupportedError

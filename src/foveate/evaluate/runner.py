@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
 from ..tune import next_token_divergence
 from .answer import VLM, Answers, Batch, answer, groups

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..engine.apply import apply
 from ..engine.families.parts import resolve
-from ..engine.session import apply
 from ..engine.trace import Trace
 from ..reduction import BEFORE_LAYERS, Decision, Reducer, UnsupportedError, View
 from .flops import kv_bytes

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.apply import apply
 from ..engine.compat import returned_cache
 from ..engine.families.parts import Anatomy, resolve
-from ..engine.session import apply
 from ..engine.stopwatch import watched
 from ..engine.trace import Trace
 from ..ops.logits import has_softmax

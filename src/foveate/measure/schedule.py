@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..engine.trace import Trace
 from ..reduction import Reducer, UnsupportedError, info
 from .geometry import Geometry

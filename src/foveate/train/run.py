@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..evaluate.answer import quiet
 from ..files import write_whole
 from ..reduction import Reducer

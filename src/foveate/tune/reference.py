@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from ..engine.apply import apply
 from ..engine.compat import given_cache, returned_cache
 from ..engine.families.parts import resolve
-from ..engine.session import apply
 from ..engine.trace import Trace
 from ..ops.logits import has_softmax
 from ..reduction import BEFORE_LAYERS, Reducer, UnsupportedError

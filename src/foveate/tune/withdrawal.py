@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.apply import apply
 from ..engine.families.parts import Anatomy, resolve
-from ..engine.session import apply
 from ..ops.logits import has_softmax
 from ..reduction import Decision, OptionError, Reducer, UnsupportedError, View
 from ._patching import evaluating, replaced

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from ..engine.session import apply
+from ..engine.apply import apply
 from ..evaluate.answer import VLM, answer
 from ..evaluate.contestants import FULL, Contestant, build_reducer
 from ..evaluate.data import Sample

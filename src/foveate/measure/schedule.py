@@ -146,7 +146,7 @@ def _vision_language_model(layers: int, ids: Tensor, visual: int) -> tuple[nn.Mo
         "patch_size": 1, "temporal_patch_size": 1, "spatial_merge_size": 1,
     }  # fmt: skip
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 0, 0], "rope_theta": 1e4}
-    special = {"video_token_id": -2, "vision_start_token_id": -3, "vision_end_token_id": -4}
+    special: dict[str, Any] = {"video_token_id": -2, "vision_start_token_id": -3, "vision_end_token_id": -4}
     model = Qwen2VLForConditionalGeneration(
         Qwen2VLConfig(text_config=text, vision_config=qwen, image_token_id=_IMAGE, **special)
     )

@@ -23,13 +23,14 @@ import foveate
 from foveate.evaluate.answer import batches, load
 from foveate.evaluate.compare import costs
 from foveate.evaluate.data import load as load_data
-from foveate.tune import Candidate, Reference, changed_share
+from foveate.recipe import Recipe
+from foveate.tune import Reference, changed_share
 
 SEED = 11
 LIMITS = (0.01, 0.02, 0.03, 0.05)
 
 
-def settings() -> Iterator[Candidate]:
+def settings() -> Iterator[Recipe]:
     """Settings around the interesting bounds: few that change nothing, few that are hopeless."""
     layered = {
         "fastv": {1: (0.5,), 2: (0.25, 0.5), 3: (0.1, 0.25, 0.5), 4: (0.1, 0.3)},
@@ -38,14 +39,14 @@ def settings() -> Iterator[Candidate]:
     }
     for method, layers in layered.items():
         for layer, keeps in layers.items():
-            yield from (Candidate(method, {"keep": keep, "layer": layer}) for keep in keeps)
+            yield from (Recipe(method, {"keep": keep, "layer": layer}) for keep in keeps)
     before = {
         "visionzip": (0.5, 0.8), "divprune": (0.35, 0.5, 0.8), "cdpruner": (0.5, 0.8), "sparsevlm": (0.5, 0.8),
         "pyramiddrop": (0.5, 0.8), "tome": (0.6, 0.8),
     }  # fmt: skip
     for method, keeps in before.items():
-        yield from (Candidate(method, {"keep": keep}) for keep in keeps)
-    yield from (Candidate("vtw", {"layer": layer}) for layer in (2, 3, 4, 5))
+        yield from (Recipe(method, {"keep": keep}) for keep in keeps)
+    yield from (Recipe("vtw", {"layer": layer}) for layer in (2, 3, 4, 5))
 
 
 def collect(model: str, count: int, file: Path) -> None:
@@ -65,7 +66,7 @@ def collect(model: str, count: int, file: Path) -> None:
         for setting in settings():
             outcome = reference.measure(setting.build())
             ratio = costs(vlm, outcome.trace).flops / costs(vlm, outcome.trace, full=True).flops
-            row["settings"][setting.key] = [outcome.gaps.tolist(), ratio]
+            row["settings"][setting.id] = [outcome.gaps.tolist(), ratio]
         with file.open("a") as out:
             out.write(json.dumps(row) + "\n")
 

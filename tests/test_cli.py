@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate import zoo
-from foveate.cli import app
+from foveate.cli import app, shell
 from foveate.zoo.scenes import scenes
 from tests import families
 
@@ -281,6 +283,7 @@ def test_tune_finds_the_first_layer_within_the_limit(tmp_path):
 def test_demo(tmp_path):
     result = invoke("demo", "--samples", 4, "--out", tmp_path / "demo", "--json", tmp_path / "d.json")
     assert result.exit_code == 0, (result.output, result.exception)
+    assert re.search(r"about (a minute|\d+ minutes) on this machine", result.stderr.splitlines()[0])
     lines = result.stdout.splitlines()
     assert "accuracy easy-VQA" in lines[0]
     assert lines[1].split()[0] == "full"
@@ -291,3 +294,36 @@ def test_demo(tmp_path):
     assert wrote["rows"][0]["flops_ratio"] == 1
     assert wrote["rows"][0]["agreement"] == 1
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"kept.png", "stages.png", "results.json"}
+
+
+def test_away_from_a_terminal_progress_is_lines(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(shell.time, "monotonic", lambda: now)
+    with shell.progress("answers") as advance:
+        for done in range(1, 101):
+            now += 2
+            advance(done, 100)
+        for done in range(1, 41):
+            now += 1
+            advance(done, 40)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "answers: 10 % (10 of 100), 20 s"
+    assert len([line for line in said if "of 100" in line]) == 10
+    assert said[9].startswith("answers: 100 %")
+    assert 6 <= len([line for line in said if "of 40" in line]) <= 10
+
+
+def test_work_that_says_nothing_is_not_mute(monkeypatch, capsys):
+    monkeypatch.setattr(shell, "_PATIENCE", 0.05)
+    with shell.progress("loading"):
+        time.sleep(0.5)
+    assert len(capsys.readouterr().err.splitlines()) >= 2
+    time.sleep(0.2)
+    assert not capsys.readouterr().err  # nothing goes on behind the end
+
+
+def test_what_takes_a_moment_says_nothing(capsys):
+    with shell.progress("answers") as advance:
+        advance(1, 2)
+        advance(2, 2)
+    assert not capsys.readouterr().err

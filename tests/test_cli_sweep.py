@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate.cli import app
-from foveate.cli.contestants import entries
+from foveate.cli.grid import listed_recipes
 
 ZOO = "zoo:tiny-llava"
 
@@ -51,7 +51,9 @@ def test_the_table_and_the_files(done):
     assert [row[1] for row in table] == ["1", "0.5", "20", "0.5", "20", "0.5", "20"]
     assert any(line.startswith("Against random at equal FLOPs") for line in lines)
     assert any(line.startswith("Refused: pumer: ") for line in lines)
-    assert not result.stderr
+    assert all(
+        line.startswith(("trying the methods: ", "answers, then times: ")) for line in result.stderr.splitlines()
+    )
     found = json.loads((folder / "s.json").read_text())
     assert found == json.loads((folder / "out" / "result.json").read_text())
     assert (found["model"], found["data"], found["samples"]) == (ZOO, ["scenes"], 6)
@@ -82,7 +84,7 @@ def test_again_it_only_reads(done, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--methods", "fastv,fastr"], "unknown method 'fastr'; known: averagepool"),
+        (["--methods", "fastv,fastr"], "unknown method 'fastr', did you mean fastv?; known: averagepool"),
         (["--methods", "fastv[layer"], "bracket"),
         (["--methods", "fastv[layer]"], "'layer' is not option=value"),
         (["--methods", "fastv[depth=3]"], "no option 'depth'"),
@@ -100,7 +102,7 @@ def test_again_it_only_reads(done, tmp_path):
         (["--metric", "bleu", "--samples", "2"], "metric bleu"),
         (["--metric", "choice", "--samples", "2"], "'choices'"),
         (["--samples", "0"], "--samples"),
-        (["--contestants", "none.yaml"], "none.yaml"),
+        (["--grid", "none.yaml"], "none.yaml"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path):
@@ -120,33 +122,33 @@ def test_options_that_the_model_refuses(tmp_path):
     assert "file" in complaint(*arguments[:-4], "--out", __file__)
 
 
-def test_contestants_from_a_file(tmp_path):
+def test_a_grid_from_a_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
         "- {method: fastv, options: {layer: 1}, keep: [0.5, 9]}\n- {method: vtw, keep: 0.3}\n- method: dart\n"
     )
-    found, named = entries(None, [], path, ZOO)
+    found, named = listed_recipes(None, [], path, ZOO)
     assert [(each.method, dict(each.options), each.keep) for each in found] == [
-        ("fastv", {"layer": 1}, [0.5, 9]), ("vtw", {}, [0.3]), ("dart", {}, None),
+        ("fastv", {"layer": 1}, 0.5), ("fastv", {"layer": 1}, 9), ("vtw", {}, 0.3), ("dart", {}, None),
     ]  # fmt: skip
     assert named == {"fastv", "vtw", "dart"}
-    both, _ = entries("random", [], path, ZOO)
-    assert [each.method for each in both] == ["random", "fastv", "vtw", "dart"]
+    both, _ = listed_recipes("random", [], path, ZOO)
+    assert [each.method for each in both] == ["random", "fastv", "fastv", "vtw", "dart"]
     for text, said in (
         ("{", "cannot be read"), ("method: fastv", "a list"), ("- fastv", "entry 1"), ("- {m: 1}", "entry 1"),
         ("- {method: fastv, options: [1]}", "mapping"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
-            entries(None, [], path, ZOO)
+            listed_recipes(None, [], path, ZOO)
 
 
 def test_all_is_every_method():
-    found, named = entries("all", ["fastv.layer=1"], None, "some/model")
+    found, named = listed_recipes("all", ["fastv.layer=1"], None, "some/model")
     assert [each.method for each in found] == list(foveate.names())
     assert named == set()
     assert dict(found[foveate.names().index("fastv")].options) == {"layer": 1}
-    found, named = entries("all,fastv[layer=3]", [], None, ZOO)
+    found, named = listed_recipes("all,fastv[layer=3]", [], None, ZOO)
     assert sum(each.method == "fastv" for each in found) == 1
     assert sum(each.method == "cdpruner" for each in found) == 2
     assert named == {"fastv"}

@@ -13,10 +13,10 @@ import torch
 
 import foveate
 from foveate.evaluate import answer as answering
-from foveate.evaluate import contestants, runner
+from foveate.evaluate import grid, runner
 from foveate.evaluate.compare import compare
-from foveate.evaluate.contestants import FULL, Contestant
 from foveate.evaluate.data import Sample, load
+from foveate.evaluate.grid import FULL
 from foveate.evaluate.metrics import METRICS
 from foveate.evaluate.results import verdicts
 from foveate.evaluate.stats import Clusters
@@ -25,9 +25,9 @@ from foveate.evaluate.sweep import Questions, fingerprint, sweep
 from foveate.measure.bench import FULL as UNREDUCED
 from foveate.measure.bench import bench
 from foveate.ops.logits import has_softmax
+from foveate.recipe import Recipe
 from foveate.tune import (
     Bounds,
-    Candidate,
     Family,
     Reference,
     choose_layer,
@@ -138,11 +138,11 @@ def test_a_reduced_model_of_nan_is_refused(vlm, value):
 
 
 def test_a_search_goes_on_without_it(vlm, monkeypatch):
-    monkeypatch.setattr(Candidate, "build", lambda self: Poison() if self.method == "poison" else foveate.Random(0.9))
-    grid = [Family(name, (Candidate(name, {"keep": 0.5}),)) for name in ("poison", "random")]
+    monkeypatch.setattr(Recipe, "build", lambda self: Poison() if self.method == "poison" else foveate.Random(0.9))
+    grid = [Family(name, (Recipe(name, {"keep": 0.5}),)) for name in ("poison", "random")]
     questions = load("scenes", 4, 0)
     result = search(vlm.model, [[(range(4), vlm.inputs(questions))]], grid, Bounds(0.9, None, 0.5), 2)
-    poison, random = result.standings
+    poison, random = result.trials
     assert (poison.state, random.state) == ("refused", "passed")
     assert "NaN" in poison.reason
 
@@ -167,15 +167,15 @@ def poisoned(monkeypatch):
     """The names `poison` and `never` in comparisons."""
     known = {"poison": Poison, "never": Never}
 
-    def build(contestant, vlm):
-        made = known.get(contestant.method)
-        return contestants.build_reducer(contestant, vlm) if made is None else made()
+    def build(recipe, vlm):
+        made = known.get(recipe.method)
+        return grid.build_reducer(recipe, vlm) if made is None else made()
 
     monkeypatch.setattr(runner, "build_reducer", build)
 
 
-OTHERS = [Contestant("random", {}, 0.2, 0), Contestant("poison", {}, 0.5, 0), Contestant("never"),
-          Contestant("fastv", {}, 0.5)]  # fmt: skip
+OTHERS = [Recipe("random", {}, 0.2, 0), Recipe("poison", {}, 0.5, 0), Recipe("never"),
+          Recipe("fastv", {}, 0.5)]  # fmt: skip
 
 
 def test_a_sweep_says_so_in_the_row_and_goes_on(vlm, poisoned, tmp_path):

@@ -11,10 +11,11 @@ import pytest
 import foveate
 from foveate import OptionError, recipe, reduction
 from foveate.evaluate.answer import load
-from foveate.evaluate.contestants import FULL, Contestant
+from foveate.evaluate.grid import FULL
 from foveate.evaluate.store import Folder, Plan, SweepError
 from foveate.evaluate.sweep import fingerprint, questions, sweep
 from foveate.measure import report
+from foveate.recipe import Recipe
 from foveate.reduction import info, options
 
 METHOD = '''
@@ -214,9 +215,9 @@ def vlm():
 
 def plan(vlm, method: str) -> Plan:
     fixed = {"model": "zoo:tiny-llava", "data": ["scenes"], "samples": 4, "seed": 0, "metric": "auto"}
-    chosen = [FULL, Contestant(method, {}, 0.5)]
+    chosen = [FULL, Recipe(method, {}, 0.5)]
     return Plan(
-        **fixed, max_new_tokens=2, batch_size=2, contestants=chosen, weights=fingerprint(vlm.model)
+        **fixed, max_new_tokens=2, batch_size=2, recipes=chosen, weights=fingerprint(vlm.model)
     )  # fmt: skip
 
 

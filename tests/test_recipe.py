@@ -10,6 +10,7 @@ import yaml
 
 import foveate
 from foveate import recipe
+from foveate.recipe import Recipe
 from foveate.reduction import options
 
 EXCLUSIVE = {"pitome": {"keep": 0.3}, "tome": {"keep": 0.3}}
@@ -74,6 +75,7 @@ def test_the_full_model_is_a_recipe_too(tmp_path):
         ("version: 1\nmethod: fastv\noptions: {keep: 0.3, colour: red}\n", "colour"),
         ("version: 1\nmethod: fastv\noptions: [keep]\n", "options must be a mapping"),
         ("version: 1\nmethod: full\noptions: {keep: 0.3}\n", "the full model has none"),
+        ("version: 1\nmethod: chain\n", "a list under chain:"),
         ("version: 1\nmethod: vtw\nprovenance: yesterday\n", "provenance"),
         ("version: 1\nchain: []\n", "chain must be a list"),
         ("version: 1\nchain: [vtw]\n", "chain[0]"),
@@ -121,3 +123,31 @@ def test_what_is_no_plain_value_is_not_written(tmp_path):
     with pytest.raises(recipe.RecipeError, match="Mine is not known by name"):
         recipe.save(path, Mine())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("reducer", "told"),
+    [
+        (foveate.FastV(keep=0.35, layer=3), "fastv[layer=3]@0.35"),
+        (foveate.VTW(layer=3), "vtw[layer=3]"),
+        (foveate.Random(keep=12, seed=7), "random[seed=7]@12"),
+        (foveate.Chain(foveate.VisionZip(keep=0.5), foveate.VTW(layer=3)), "chain[visionzip+vtw[layer=3]]@0.5"),
+        (recipe.FullModel(), "full"),
+    ],
+)
+def test_one_form_for_files_sweeps_and_searches(reducer, told):
+    found = Recipe.of(reducer)
+    assert found.id == told
+    assert Recipe.from_json(found.to_json()) == found
+    assert recipe.describe(found.build()) == recipe.describe(reducer)
+    hash(found)
+
+
+def test_a_budget_among_the_options_is_the_budget():
+    found = Recipe("fastv", {"layer": 1, "keep": 0.3})
+    assert found == Recipe("fastv", {"layer": 1}, 0.3)
+    assert found.arguments == {"keep": 0.3, "layer": 1}
+    assert Recipe("vtw", {"layer": 1, "keep": None}).keep is None
+    members = [{"method": "visionzip"}, {"method": "vtw", "options": {"layer": 4}}]
+    first, second = Recipe("chain", {"members": members}, 0.25).members
+    assert (first.id, second.id) == ("visionzip@0.25", "vtw[layer=4]")

@@ -19,6 +19,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 MAY_IMPORT = {
     "files": {"files"},
+    "journal": {"journal"},
     "models": {"ops", "reduction", "models"},
     "ops": {"ops"},
     "reduction": {"reduction"},
@@ -27,10 +28,11 @@ MAY_IMPORT = {
     "zoo": {"ops", "reduction", "zoo"},
     "measure": {"ops", "reduction", "engine", "measure"},
     "recipe": {"files", "reduction", "reducers", "recipe"},
-    "tune": {"files", "ops", "reduction", "recipe", "engine", "measure", "tune"},
+    "tune": {"files", "journal", "ops", "reduction", "recipe", "engine", "measure", "tune"},
     "train": {"files", "ops", "reduction", "recipe", "models", "engine", "measure", "zoo", "evaluate", "train"},
     "evaluate": {
         "files",
+        "journal",
         "ops",
         "reduction",
         "reducers",

@@ -1,4 +1,4 @@
-"""Recipes: a method with its options in a small YAML file, and what is known about where it came from.
+"""`Recipe`, the one written form of "a method with its options", and the small YAML file that holds one:
 
     version: 1
     method: fastv
@@ -21,6 +21,7 @@ import datetime
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from .files import write_whole
 from .reducers.chain import Chain
 from .reduction import OptionError, Reducer, UnsupportedError, build, name_of
 
-__all__ = ["FULL", "FullModel", "RecipeError", "describe", "load", "provenance", "save"]
+__all__ = ["CHAIN", "FULL", "FullModel", "Recipe", "RecipeError", "describe", "load", "provenance", "save"]
 
-FULL = "full"
-"""What `method:` says where nothing is to be removed."""
+FULL, CHAIN = "full", "chain"
+"""What `method` says where nothing is to be removed, and for several methods in one model."""
 _VERSION = 1
 _TOP = ("version", "method", "options", "chain", "provenance")
 _MEMBER = ("method", "options")
@@ -49,6 +50,114 @@ class FullModel(Reducer):
 
     def decide(self, view: Any) -> None:
         """Leave everything as it is."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with its options.
+
+    Attributes:
+        method: as for `foveate.build`; "full" is the unreduced model, "chain" several methods in one.
+        options: those that differ from the defaults, as plain values. Those of a chain are `members`, a list of
+            {"method", "options"}. A `keep` among them, or among those of the first member, becomes the attribute.
+        keep: the budget, of the first member in a chain; None where another option says how much stays.
+        seed: of a method that draws at random.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    keep: int | float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        given: Any = self.options
+        if self.method == CHAIN:
+            given = given["members"][0].get("options") or {}
+        if given.get("keep") is None:
+            return
+        others = {name: value for name, value in given.items() if name != "keep"}
+        if self.method == CHAIN:
+            first, *rest = self.options["members"]
+            others = {**self.options, "members": [{**first, "options": others}, *rest]}
+        object.__setattr__(self, "options", others)
+        if self.keep is None:
+            object.__setattr__(self, "keep", given["keep"])
+
+    @classmethod
+    def of(cls, reducer: Reducer) -> Recipe:
+        """The recipe of a built method. Raises `OptionError` where it has no name or an option is no plain value."""
+        if isinstance(reducer, Chain):
+            return cls(CHAIN, {"members": [_member(cls.of(member)) for member in reducer.members]})
+        if isinstance(reducer, FullModel):
+            return cls(FULL)
+        name = name_of(type(reducer))
+        if not dataclasses.is_dataclass(reducer):
+            raise OptionError(f"{name} is no dataclass, so its options cannot be read off it")
+        options: dict[str, Any] = {}
+        for each in dataclasses.fields(reducer):
+            value = getattr(reducer, each.name)
+            default = value is each.default or (type(value) is type(each.default) and value == each.default)
+            if each.init and not default:
+                options[each.name] = _plain(f"{name}: option {each.name}", value)
+        return cls(name, options)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the unreduced model."""
+        return self.method == FULL
+
+    @property
+    def members(self) -> list[Recipe]:
+        """The methods of a chain, the first with its budget; else this one alone."""
+        if self.method != CHAIN:
+            return [self]
+        found = [Recipe(each["method"], each.get("options") or {}) for each in self.options["members"]]
+        return [found[0] if self.keep is None else dataclasses.replace(found[0], keep=self.keep), *found[1:]]
+
+    @property
+    def row(self) -> str:
+        """Short and readable, the seed left out: `fastv[layer=1]@0.33`."""
+        if self.method == CHAIN:
+            first, *others = self.members
+            inside = "+".join([dataclasses.replace(first, keep=None).row, *(other.row for other in others)])
+        else:
+            inside = ";".join(f"{name}={_word(value)}" for name, value in sorted(self.options.items()))
+        budget = "" if self.keep is None or self.is_full else f"@{self.keep:g}"
+        return f"{self.method}{f'[{inside}]' if inside else ''}{budget}"
+
+    @property
+    def id(self) -> str:
+        """`row` with the seed: `random@0.2#2`."""
+        return self.row if self.seed is None else f"{self.row}#{self.seed}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All options, `keep` and `seed` among them."""
+        given = {"keep": self.keep, "seed": self.seed}
+        return {**{name: value for name, value in given.items() if value is not None}, **self.options}
+
+    def build(self, **more: Any) -> Reducer:
+        """The method, anew, with `more` options. Raises `OptionError`, `BudgetError`."""
+        if self.is_full:
+            return FullModel()
+        if self.method == CHAIN:
+            return Chain(*(member.build(**more) for member in self.members))
+        return build(self.method, **{**self.arguments, **more})
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written in the files of a sweep."""
+        return {
+            "id": self.id, "method": self.method, "options": dict(self.options), "keep": self.keep, "seed": self.seed
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Recipe:
+        """What `to_json` wrote."""
+        return cls(row["method"], row["options"], row["keep"], row["seed"])
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def load(path: str | os.PathLike[str]) -> Reducer:
@@ -108,29 +217,20 @@ def save(path: str | os.PathLike[str], reducer: Reducer, **provenance: Any) -> N
 
 
 def describe(reducer: Reducer) -> dict[str, Any]:
-    """A method as plain values: {"method", "options"} without the options left at their defaults, or {"chain": [...]}.
+    """A method as in a file: {"method", "options"} without the options left at their defaults, or {"chain": [...]}.
 
     Raises:
         OptionError: no method known by name, or an option that is no plain value.
     """
-    if isinstance(reducer, Chain):
-        return {"chain": [describe(member) for member in reducer.members]}
-    if isinstance(reducer, FullModel):
-        return {"method": FULL}
-    name = name_of(type(reducer))
-    options: dict[str, Any] = {}
-    if not dataclasses.is_dataclass(reducer):
-        raise OptionError(f"{name} is no dataclass, so its options cannot be read off it")
-    for field in dataclasses.fields(reducer):
-        value = getattr(reducer, field.name)
-        if (
-            not field.init
-            or (value is field.default)
-            or (type(value) is type(field.default) and value == field.default)
-        ):
-            continue
-        options[field.name] = _plain(f"{name}: option {field.name}", value)
-    return {"method": name, "options": options} if options else {"method": name}
+    recipe = Recipe.of(reducer)
+    if recipe.method == CHAIN:
+        return {CHAIN: [_member(member) for member in recipe.members]}
+    return _member(recipe)
+
+
+def _member(recipe: Recipe) -> dict[str, Any]:
+    options = recipe.arguments
+    return {"method": recipe.method, "options": options} if options else {"method": recipe.method}
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -173,12 +273,12 @@ def _build(path: Any, part: Mapping[str, Any], where: str) -> Reducer:
             _plain("", value)
         except OptionError as error:
             raise RecipeError(f"recipe {path}: {where}options.{name} must be a plain value") from error
-    if method == FULL:
-        if options:
-            raise RecipeError(f"recipe {path}: {where}options: the full model has none")
-        return FullModel()
+    if method == CHAIN:
+        raise RecipeError(f"recipe {path}: {where}method: several methods are a list under chain:")
+    if method == FULL and options:
+        raise RecipeError(f"recipe {path}: {where}options: the full model has none")
     try:
-        return build(method, **options)
+        return Recipe(method, options).build()
     except (ValueError, TypeError, UnsupportedError) as error:  # BudgetError and OptionError are ValueErrors
         raise RecipeError(f"recipe {path}: {where}{method}: {error}") from error
 

@@ -5,11 +5,12 @@ import torch
 
 import foveate
 from foveate.evaluate.answer import ModelError, answer, batches, load
-from foveate.evaluate.compare import Contestant, compare, costs
+from foveate.evaluate.compare import compare, costs
 from foveate.evaluate.costs import sample_costs
 from foveate.evaluate.data import load as data
 from foveate.evaluate.score import accuracy, agreement, matches, normalise
 from foveate.measure import prefill_flops
+from foveate.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def test_prompt_without_chat_template(vlm, monkeypatch):
 
 def test_comparison(vlm):
     sets = {"easy-vqa": data("easy-vqa", 12), "scenes": data("scenes", 12)}
-    contestants = [Contestant("fastv", {}, 1.0), Contestant("random", {}, 4, 0)]
+    recipes = [Recipe("fastv", {}, 1.0), Recipe("random", {}, 4, 0)]
     seen = []
-    rows = compare(vlm, sets, contestants, batch_size=4, timing_repeats=1, progress=lambda *at: seen.append(at))
+    rows = compare(vlm, sets, recipes, batch_size=4, timing_repeats=1, progress=lambda *at: seen.append(at))
     full, nothing, few = rows
     assert seen[-1] == (72, 72)
     assert [row["id"] for row in rows] == ["full", "fastv@1", "random@4"]

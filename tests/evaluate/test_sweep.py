@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from foveate.evaluate.answer import load
-from foveate.evaluate.contestants import FULL, Contestant
+from foveate.evaluate.grid import FULL
 from foveate.evaluate.results import verdicts
 from foveate.evaluate.runner import Runner
 from foveate.evaluate.store import Folder, Plan, SweepError
 from foveate.evaluate.sweep import fingerprint, questions, sweep
+from foveate.recipe import Recipe
 
-CONTESTANTS = [
-    Contestant("random", {}, 0.2, 0), Contestant("random", {}, 0.2, 1), Contestant("visionzip", {}, 0.2),
-    Contestant("sparsevlm", {}, 0.2),
+RECIPES = [
+    Recipe("random", {}, 0.2, 0), Recipe("random", {}, 0.2, 1), Recipe("visionzip", {}, 0.2),
+    Recipe("sparsevlm", {}, 0.2),
 ]  # fmt: skip
 
 
@@ -33,16 +34,14 @@ def asked():
     return questions(["easy-vqa", "scenes"], 10, 0, "auto")
 
 
-def plan(vlm, contestants=CONTESTANTS, **changes):
+def plan(vlm, recipes=RECIPES, **changes):
     fixed = {"model": "zoo:tiny-llava", "data": ["easy-vqa", "scenes"], "samples": 10, "seed": 0, "metric": "auto",
              "max_new_tokens": 4, "batch_size": 4, "weights": fingerprint(vlm.model)}  # fmt: skip
-    return Plan(**{**fixed, **changes}, contestants=[FULL, *contestants])
+    return Plan(**{**fixed, **changes}, recipes=[FULL, *recipes])
 
 
-def run(folder, vlm, asked, contestants=CONTESTANTS, workers=1, timing_batches=0, **changes):
-    return sweep(
-        Folder(folder), plan(vlm, contestants, **changes), vlm, asked, workers, timing_batches, timing_repeats=1
-    )
+def run(folder, vlm, asked, recipes=RECIPES, workers=1, timing_batches=0, **changes):
+    return sweep(Folder(folder), plan(vlm, recipes, **changes), vlm, asked, workers, timing_batches, timing_repeats=1)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +170,8 @@ def test_a_process_that_fails_is_reported(vlm, asked, tmp_path, monkeypatch):
         run(tmp_path / "out", vlm, asked, workers=2)
 
 
-def test_a_finished_sweep_can_be_given_more_contestants(vlm, asked, finished, tmp_path):
-    run(tmp_path, vlm, asked, CONTESTANTS[1:2])
+def test_a_finished_sweep_can_be_given_more_recipes(vlm, asked, finished, tmp_path):
+    run(tmp_path, vlm, asked, RECIPES[1:2])
     result = run(tmp_path, vlm, asked)
     assert json.loads(json.dumps(result)) == json.loads((finished / "result.json").read_text())
 
@@ -184,7 +183,7 @@ def test_a_finished_sweep_can_be_given_more_contestants(vlm, asked, finished, tm
         ({"seed": 1}, "seed was 0, now it is 1"),
         ({"data": ["scenes"]}, "data was easy-vqa,scenes, now it is scenes"),
         ({"weights": "0"}, "weights was"),
-        ({"contestants": CONTESTANTS[:2]}, "sparsevlm@0.2, visionzip@0.2 took part"),
+        ({"recipes": RECIPES[:2]}, "sparsevlm@0.2, visionzip@0.2 took part"),
     ],
 )
 def test_another_plan_is_refused(vlm, asked, finished, changes, said):

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from foveate.evaluate.contestants import FULL, Contestant
 from foveate.evaluate.data import load
+from foveate.evaluate.grid import FULL
 from foveate.evaluate.results import rows
 from foveate.evaluate.runner import Record
+from foveate.recipe import Recipe
 
 SKILL = {"random": 0.30, "averagepool": 0.22, "downsample": 0.18}
 VISUAL = 196
@@ -30,8 +31,8 @@ def make(folder, methods, keeps=(0.5, 0.2), samples=40, seeds=(0, 1), finished=T
     asked = load("scenes", samples, 0)
     if question is not None:
         asked[0] = replace(asked[0], question=question, kind=question, image_id=question)
-    contestants = [
-        Contestant(method, (options or {}).get(method, {}), keep, seed)
+    recipes = [
+        Recipe(method, (options or {}).get(method, {}), keep, seed)
         for method in methods
         for keep in keeps
         for seed in (seeds if method == "random" else [None])
@@ -39,20 +40,20 @@ def make(folder, methods, keeps=(0.5, 0.2), samples=40, seeds=(0, 1), finished=T
     rng = np.random.default_rng(0)
     luck = rng.random(samples)  # a hard question is hard for everyone
     records, said = [], {}
-    for number, contestant in enumerate([FULL, *contestants]):
-        loss = 0.0 if contestant.is_full else SKILL.get(contestant.method, 0.02 * (number % 7)) * (1 - contestant.keep)
-        inside = contestant.method in ("fastv", "sparsevlm", "vtw", "dart", "pyramiddrop")
-        share = 1.0 if contestant.is_full else contestant.keep + (0.1 if inside else 0.0)
+    for number, recipe in enumerate([FULL, *recipes]):
+        loss = 0.0 if recipe.is_full else SKILL.get(recipe.method, 0.02 * (number % 7)) * (1 - recipe.keep)
+        inside = recipe.method in ("fastv", "sparsevlm", "vtw", "dart", "pyramiddrop")
+        share = 1.0 if recipe.is_full else recipe.keep + (0.1 if inside else 0.0)
         for i, sample in enumerate(asked):
             right = 0.85 * luck[i] + 0.15 * rng.random() > 0.15 + loss
-            said[contestant.id, i] = sample.answer if right else "nothing"
+            said[recipe.id, i] = sample.answer if right else "nothing"
             records.append(
                 Record(
-                    contestant=contestant.id,
+                    recipe=recipe.id,
                     sample=i,
-                    predicted=said[contestant.id, i],
+                    predicted=said[recipe.id, i],
                     score=float(right),
-                    same=said[contestant.id, i] == said[FULL.id, i],
+                    same=said[recipe.id, i] == said[FULL.id, i],
                     kl=loss,
                     visual_tokens=VISUAL,
                     entering=VISUAL * share,
@@ -71,7 +72,7 @@ def make(folder, methods, keeps=(0.5, 0.2), samples=40, seeds=(0, 1), finished=T
         "metric": "exact",
         "max_new_tokens": 8,
         "batch_size": 16,
-        "contestants": [each.to_json() for each in (FULL, *contestants)],
+        "contestants": [each.to_json() for each in (FULL, *recipes)],
         "refused": [{"id": "pumer", "reason": "works inside <ViLT>, METER & BridgeTower"}],
         "machine": {"cpu": "a CPU", "threads": 1, "torch": "2", "transformers": "5", "python": "3"},
         "command": "foveate sweep zoo:tiny-llava --data scenes",
@@ -92,11 +93,11 @@ def make(folder, methods, keeps=(0.5, 0.2), samples=40, seeds=(0, 1), finished=T
         return []
     write_lines(folder / "answers.jsonl", [record.to_json() for record in records])
     times = {}
-    for contestant in [FULL, *contestants]:
-        ms = 100 * (0.5 + 0.5 * (1.0 if contestant.is_full else contestant.keep)) + len(contestant.method)
-        times[contestant.id] = {"prefill_ms": ms, "q1": ms - 2, "q3": ms + 3, "runs": 5}
+    for recipe in [FULL, *recipes]:
+        ms = 100 * (0.5 + 0.5 * (1.0 if recipe.is_full else recipe.keep)) + len(recipe.method)
+        times[recipe.id] = {"prefill_ms": ms, "q1": ms - 2, "q3": ms + 3, "runs": 5}
     (folder / "times.json").write_text(json.dumps(times))
-    found = rows(contestants, asked, ["scenes"] * samples, {"scenes": "exact"}, records, times)
+    found = rows(recipes, asked, ["scenes"] * samples, {"scenes": "exact"}, records, times)
     (folder / "result.json").write_text(
         json.dumps({"model": plan["model"], "data": plan["data"], "samples": samples, "rows": found})
     )

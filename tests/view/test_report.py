@@ -13,8 +13,8 @@ from PIL import Image
 
 from foveate.engine.apply import apply
 from foveate.evaluate.answer import answer, load
-from foveate.evaluate.contestants import build_reducer
 from foveate.evaluate.data import load as data
+from foveate.evaluate.grid import build_reducer
 from foveate.evaluate.runner import Record
 from foveate.evaluate.store import Folder, SweepError
 from foveate.view.findings import best_per_budget, headline, versus_baselines
@@ -146,13 +146,13 @@ def test_examples_show_what_was_dropped(tmp_path):
     folder = tmp_path / "sweep"
     make(folder, ("vtw", "fastv"), keeps=(0.3,), samples=12, options={"fastv": {"layer": 1, "average": "all_layers"}})
     records = [Record.from_json(json.loads(line)) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    contestants = {each.id: each for each in Folder(folder).plan().contestants}
+    recipes = {each.id: each for each in Folder(folder).plan().recipes}
     asked = data("scenes", 12, 0)
     changed = []
     for record in records:
         told = record.to_json()
-        if record.contestant.startswith("fastv") and record.sample < 2:
-            with apply(vlm.model, build_reducer(contestants[record.contestant], vlm)):
+        if record.recipe.startswith("fastv") and record.sample < 2:
+            with apply(vlm.model, build_reducer(recipes[record.recipe], vlm)):
                 told["predicted"] = answer(vlm, vlm.inputs([asked[record.sample]])).texts[0]
             told.update(same=False, score=0.0)
         else:

@@ -21,9 +21,10 @@ from PIL import Image
 from ..engine.apply import apply
 from ..engine.trace import Trace
 from ..evaluate.answer import VLM, ModelError, load
-from ..evaluate.contestants import COMPANIONS, Contestant, build_reducer
 from ..evaluate.data import DataError, Sample, open_image
+from ..evaluate.grid import COMPANIONS, build_reducer
 from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
+from ..recipe import Recipe
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
 from .answer import Job, Stopped, Times, generate, time_both
 from .options import offered
@@ -228,7 +229,7 @@ class Runner:
         job.emit(now)
         with self._turn(job):
             vlm = self._load(question.model)
-            reducer = build_reducer(Contestant(question.method, question.options, question.keep), vlm)
+            reducer = build_reducer(Recipe(question.method, question.options, question.keep), vlm)
             assert reducer is not None  # "full" is no method on offer
             inputs = vlm.inputs([Sample(image, question.text, "", "", "")])
             now = replace(now, full_text=self._answer_full(vlm, inputs, now, job))

@@ -12,13 +12,15 @@ import typer
 
 import foveate
 
-from .shell import CommandError, JsonOption, plain, progress, say, table, writable, write_json
+from .shell import CommandError, JsonOption, note, progress, say, table, writable, write_json
 
 __all__ = ["demo"]
 
 MODEL = "zoo:tiny-llava"
 _DATA = ("easy-vqa", "scenes")
 _BUDGETS = (0.5, 0.33, 0.2)
+_OTHER_RUNS = 50
+"""What timing and pictures take, in answers to a batch."""
 
 
 def demo(
@@ -45,11 +47,11 @@ def demo(
     start = time.perf_counter()
     vlm = answering.load(MODEL)
     questions = {name: datasets.load(name, samples, seed) for name in _DATA}
-    contestants = list(_contestants())
-    if not plain():
-        say(f"{MODEL}, {samples} questions each from {' and '.join(_DATA)}")
-    with progress("answers") as advance:
-        rows = compare(vlm, questions, contestants, timing_batches=2, progress=advance)
+    recipes = list(_recipes())
+    duration = _minutes(vlm, questions)
+    note(f"{MODEL}, {samples} questions each from {' and '.join(_DATA)}: about {duration} on this machine.")
+    with progress("answers, then times") as advance:
+        rows = compare(vlm, questions, recipes, timing_batches=2, progress=advance)
     if broken := [f"{row['id']}: {row['error']}" for row in rows if row["error"]]:
         raise CommandError(f"demo: {broken[0]}")
     headers = [
@@ -96,30 +98,45 @@ def demo(
     say(f"{time.perf_counter() - start:.0f} s. Pictures: {', '.join(str(out / name) for name in pictures)}")
 
 
-def _contestants() -> Iterator[Any]:
+def _minutes(vlm: Any, questions: Any) -> str:
+    """How long the demo will take, from what a few answers of the full model take."""
+    from ..evaluate.answer import answer
+
+    few = [sample for part in questions.values() for sample in part[:8]]
+    seconds = []
+    for _ in range(3):  # the first one warms up, others may be disturbed
+        start = time.perf_counter()
+        answer(vlm, vlm.inputs(few))
+        seconds.append(time.perf_counter() - start)
+    runs = sum(map(len, questions.values())) / len(few) * (1 + len(list(_recipes())))
+    minutes = min(seconds) * (runs + _OTHER_RUNS) / 60
+    return "a minute" if minutes < 1.5 else f"{minutes:.0f} minutes"
+
+
+def _recipes() -> Iterator[Any]:
     """Every method at the same budget over all layers, so that a row compares with its neighbours."""
-    from ..evaluate.compare import Contestant
+    from ..recipe import Recipe
 
     # The model has 6 layers; a budget over all layers leaves FastV the first one only.
-    recipes: dict[str, dict[str, Any]] = {
+    methods: dict[str, dict[str, Any]] = {
         "random": {},
         "fastv": {"layer": 1, "average": "all_layers"},
         "sparsevlm": {},
         "vtw": {},
     }
     for keep in _BUDGETS:
-        for method, options in recipes.items():
-            yield Contestant(method, options, keep)
+        for method, options in methods.items():
+            yield Recipe(method, options, keep)
 
 
 def _pictures(vlm: Any, questions: Any) -> dict[str, Any]:
     """File name -> figure: what each method kept for some questions, and one method stage by stage."""
-    from ..evaluate.contestants import build_reducer
+    from ..evaluate.grid import build_reducer
     from ..view import SheetCell, SheetRow, overlay, sheet
 
     budget = _BUDGETS[1]
-    shown = [contestant for contestant in _contestants() if contestant.keep == budget]
-    reducers = [build_reducer(contestant, vlm) for contestant in shown]
+    shown = [recipe for recipe in _recipes() if recipe.keep == budget]
+    reducers = [build_reducer(recipe, vlm) for recipe in shown]
     rows = []
     for sample in _telling(questions):
         (full, _), *others = [_ask(vlm, sample, reducer) for reducer in (None, *reducers)]

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +48,8 @@ __all__ = [
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own copy of click in newer versions
 _INTERRUPTED = 130
+_BRIEF, _PATIENCE = 5.0, 30.0
+"""Seconds between two lines of progress: at least, and at most."""
 
 
 class CommandError(ValueError):
@@ -221,14 +225,59 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, if that is a terminal; yields a function of (done, total)."""
+    """Progress on stderr: a bar on a terminal, else a line every 10 % or 30 s. Yields a function of (done, total)."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        lines = _Lines(what)
+        with lines.beating():
+            yield lines
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Plain lines of progress, also while the work itself says nothing; none for what takes a moment."""
+
+    def __init__(self, what: str):
+        self.what, self.start = what, time.monotonic()
+        self.done, self.total, self.tenth, self.last = 0, 0, 0, self.start
+        self.lock = threading.Lock()
+
+    def __call__(self, done: int, total: int) -> None:
+        with self.lock:
+            if done < self.done or total != self.total:  # another kind of work has begun
+                self.tenth = 0
+            self.done, self.total = done, total
+            tenth = 10 * done // total if total else 0
+            if tenth > self.tenth and time.monotonic() - self.last >= _BRIEF:
+                self.tenth = tenth
+                self._say()
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Say where things stand at least every 30 s, as long as this is open."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(max(0.0, self.last + _PATIENCE - time.monotonic())):
+                with self.lock:
+                    if time.monotonic() - self.last >= _PATIENCE:
+                        self._say()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _say(self) -> None:
+        self.last = time.monotonic()
+        share = f"{100 * self.done // self.total} % ({self.done} of {self.total}), " if self.total else ""
+        note(f"{self.what}: {share}{self.last - self.start:.0f} s")
 
 
 def writable(path: Path | None) -> Path | None:

@@ -15,7 +15,7 @@ import typer
 
 import foveate
 
-from .contestants import entries
+from .grid import listed_recipes
 from .shell import CommandError, JsonOption, plain, progress, say, table, writable, write_json, writing
 
 __all__ = ["sweep"]
@@ -44,9 +44,14 @@ def sweep(
         list[str] | None,
         typer.Option("--option", "-o", metavar="METHOD.NAME=VALUE", help="Option of a method; repeatable."),
     ] = None,
-    contestants: Annotated[
+    grid: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="YAML list of {method, options, keep}, besides or instead of --methods."),
+        typer.Option(
+            "--grid",
+            "--contestants",
+            metavar="FILE",
+            help="YAML list of {method, options, keep}, besides or instead of --methods.",
+        ),
     ] = None,
     metric: Annotated[
         str, typer.Option(help="auto, exact, vqa, anls, relaxed, yes-no or choice; auto: by the columns of the data.")
@@ -78,7 +83,7 @@ def sweep(
     """
     from ..evaluate import answer as answering
     from ..evaluate import sweep as sweeping
-    from ..evaluate.contestants import FULL, expand
+    from ..evaluate.grid import FULL, expand
     from ..evaluate.store import Folder, Plan, SweepError
 
     start = time.perf_counter()
@@ -90,7 +95,7 @@ def sweep(
             raise CommandError(f"{folder}: a file; give a folder")
         writable(folder / "x" if folder is not None else None)
     budgets, drawn = _budgets(keep), _numbers("seeds", seeds)
-    listed, named = entries(methods, option or (), contestants, model)
+    listed, named = listed_recipes(methods, option or (), grid, model)
     everyone = expand(listed, budgets, drawn)
     names = [name.strip() for name in data.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
@@ -101,7 +106,7 @@ def sweep(
         accepted, refused = _tried(everyone, named, vlm, asked.samples[0], advance)
     plan = Plan(
         model=model, data=names, samples=samples, seed=seed, metric=metric, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, contestants=[FULL, *accepted], refused=refused, metrics=asked.metrics, dtype=dtype,
+        batch_size=batch_size, recipes=[FULL, *accepted], refused=refused, metrics=asked.metrics, dtype=dtype,
         device=device, weights=sweeping.fingerprint(vlm.model), machine=sweeping.machine(),
         command=shlex.join(["foveate", *sys.argv[1:]]),
     )  # fmt: skip
@@ -144,7 +149,7 @@ def _tried(
         OptionError, BudgetError: what is wrong with a method that was asked for by name.
         CommandError: none works.
     """
-    from ..evaluate.contestants import refusal
+    from ..evaluate.grid import refusal
 
     accepted, refused = [], []
     for number, each in enumerate(everyone, 1):

@@ -44,7 +44,7 @@ def run(request: Request) -> dict[str, Any]:
     """Search, show, write the recipe; returns what `--json` writes."""
     from ..evaluate import answer as answering
     from ..evaluate.sweep import fingerprint
-    from ..tune import Bounds, Journal, families, rung_sizes, search
+    from ..tune import Bounds, Journal, families, round_sizes, search
 
     bounds = Bounds(request.max_changed, request.max_divergence, request.confidence)
     questions = _questions(request.data, request.samples, request.seed)
@@ -53,9 +53,9 @@ def run(request: Request) -> dict[str, Any]:
     vlm = answering.load(request.model, request.dtype, request.device)  # type: ignore[arg-type]
     depth = vlm.model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[operator, union-attr]
     grid = families(depth, request.methods)
-    rungs, start = [], 0
-    for size in rung_sizes(len(questions)):
-        rungs.append(list(_batches(vlm, questions, range(start, start + size), request.batch_size)))
+    rounds, start = [], 0
+    for size in round_sizes(len(questions)):
+        rounds.append(list(_batches(vlm, questions, range(start, start + size), request.batch_size)))
         start += size
     out = request.out
     beside = out is not None and (out.is_file() or not out.exists())  # nothing is put beside a device
@@ -71,7 +71,7 @@ def run(request: Request) -> dict[str, Any]:
         say(f"Going on with {journal.path}: {len(journal)} batches are measured already.")
     began = time.perf_counter()
     with progress("questions") as advance:
-        result = search(vlm.model, rungs, grid, bounds, request.max_new_tokens, journal, advance)
+        result = search(vlm.model, rounds, grid, bounds, request.max_new_tokens, journal, advance)
     chosen = result.chosen
     _show(result, bounds)
     report: dict[str, Any] = {
@@ -82,9 +82,9 @@ def run(request: Request) -> dict[str, Any]:
             "max_changed": bounds.max_changed, "max_divergence": bounds.max_divergence, "confidence": bounds.confidence
         },
         "chosen": None if chosen is None else _row(chosen),
-        "candidates": [_row(standing) for standing in result.standings],
+        "candidates": [_row(trial) for trial in result.trials],
         "evaluations": result.evaluations,
-        "evaluations_exhaustive": len(result.standings) * len(questions),
+        "evaluations_exhaustive": len(result.trials) * len(questions),
         "search_prefills": result.prefills,
         "search_prefills_exhaustive": result.prefills_exhaustive,
         "search_seconds": result.seconds,
@@ -146,7 +146,7 @@ def _check(request: Request, vlm: Any, fresh: Sequence[Any], chosen: Any) -> dic
     changed, kl = 0, 0.0
     with progress("check") as advance:
         for done, inputs in _batches(vlm, fresh, range(len(fresh)), 2 * request.batch_size):
-            outcome = Reference(vlm.model, inputs, request.max_new_tokens).measure(chosen.candidate.build())
+            outcome = Reference(vlm.model, inputs, request.max_new_tokens).measure(chosen.recipe.build())
             changed += int((outcome.gaps < 0).sum())
             kl += float(outcome.kl.sum())
             advance(done[-1] + 1, len(fresh))
@@ -162,20 +162,20 @@ def _check(request: Request, vlm: Any, fresh: Sequence[Any], chosen: Any) -> dic
 
 
 # ------------------------------------------------------------------------------------------------------------- output
-def _row(standing: Any) -> dict[str, Any]:
-    guess = standing.estimate
+def _row(trial: Any) -> dict[str, Any]:
+    guess = trial.estimate
     return {
-        "method": standing.candidate.method,
-        "options": standing.candidate.options,
-        "state": standing.state,
-        "reason": standing.reason,
-        "samples": len(standing.gaps),
-        "flops_ratio": standing.cost if standing.gaps else None,
-        "visual_tokens_entering": standing.visual_tokens if standing.gaps else None,
-        "changed_seen": standing.changed,
+        "method": trial.recipe.method,
+        "options": trial.recipe.arguments,
+        "state": trial.state,
+        "reason": trial.reason,
+        "samples": len(trial.gaps),
+        "flops_ratio": trial.cost if trial.gaps else None,
+        "visual_tokens_entering": trial.visual_tokens if trial.gaps else None,
+        "changed_seen": trial.changed,
         "changed": guess and guess.changed,
         "changed_upper": guess and guess.changed_upper,
-        "kl": standing.mean_kl if standing.gaps else None,
+        "kl": trial.mean_kl if trial.gaps else None,
         "kl_upper": guess and guess.kl_upper,
     }
 
@@ -183,29 +183,29 @@ def _row(standing: Any) -> dict[str, Any]:
 def _show(result: Any, bounds: Any) -> None:
     from ..tune.estimate import finest
 
-    tried = [standing for standing in result.standings if standing.gaps and standing.estimate]
+    tried = [trial for trial in result.trials if trial.gaps and trial.estimate]
     tried.sort(key=lambda each: (-len(each.gaps), each.cost))
     shown = tried if plain() else tried[:_SHOWN]
     rows = [
         [
-            standing.candidate.key,
-            f"{standing.cost:.0%}",
-            str(len(standing.gaps)),
-            str(standing.changed),
-            f"{standing.estimate.changed:.2%}",
-            f"{standing.estimate.changed_upper:.2%}",
-            f"{standing.mean_kl:.5f}",
-            _STATES.get(standing.state, standing.state),
+            trial.recipe.id,
+            f"{trial.cost:.0%}",
+            str(len(trial.gaps)),
+            str(trial.changed),
+            f"{trial.estimate.changed:.2%}",
+            f"{trial.estimate.changed_upper:.2%}",
+            f"{trial.mean_kl:.5f}",
+            _STATES.get(trial.state, trial.state),
         ]
-        for standing in shown
+        for trial in shown
     ]
     headers = ["candidate", "FLOPs", "questions", "changed", "estimate", "at most", "mean KL", ""]
     table(headers, rows)
     counts: dict[str, int] = {}
-    for standing in result.standings:
-        counts[standing.state] = counts.get(standing.state, 0) + 1
-    say(f"{len(result.standings)} candidates: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
-    refused = {s.candidate.method: s.reason for s in result.standings if s.state == "refused"}
+    for trial in result.trials:
+        counts[trial.state] = counts.get(trial.state, 0) + 1
+    say(f"{len(result.trials)} candidates: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
+    refused = {s.recipe.method: s.reason for s in result.trials if s.state == "refused"}
     for method, reason in refused.items():
         say(f"{method}: {reason}")
     limit = [f"{bounds.max_changed:.2%} changed answers"] if bounds.max_changed is not None else []
@@ -218,7 +218,7 @@ def _show(result: Any, bounds: Any) -> None:
             say(f"So few questions cannot show less than {finest(result.samples):.2%}: give more --samples.")
     else:
         say(
-            f"Chosen: {chosen.candidate.key}, within {within} at {bounds.confidence:.0%} confidence. It saves "
+            f"Chosen: {chosen.recipe.id}, within {within} at {bounds.confidence:.0%} confidence. It saves "
             f"{1 - chosen.cost:.0%} of the prefill FLOPs, vision tower included; {chosen.visual_tokens:.1f} visual "
             "tokens enter a layer on average."
         )
@@ -248,7 +248,7 @@ def _write(request: Request, bounds: Any, report: dict[str, Any], chosen: Any) -
     limits = {"max_changed": bounds.max_changed, "max_divergence": bounds.max_divergence}
     recipe.save(
         request.out,  # type: ignore[arg-type]
-        recipe.FullModel() if chosen is None else chosen.candidate.build(),
+        recipe.FullModel() if chosen is None else chosen.recipe.build(),
         model=request.model,
         data=request.data,
         bound={

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .contestants import FULL, Contestant
+from ..recipe import Recipe
 from .data import Sample
+from .grid import FULL
 from .metrics import yes_no_report
 from .runner import Record
 from .stats import Clusters, holm
@@ -27,19 +28,19 @@ Array = np.ndarray
 class _Table:
     """Records as arrays (samples,), the seeds of a row averaged."""
 
-    def __init__(self, contestants: Sequence[Contestant], samples: int, records: Iterable[Record]):
-        self.seeds: dict[str, list[Contestant]] = {}
-        for contestant in contestants:
-            self.seeds.setdefault(contestant.row, []).append(contestant)
+    def __init__(self, recipes: Sequence[Recipe], samples: int, records: Iterable[Record]):
+        self.seeds: dict[str, list[Recipe]] = {}
+        for recipe in recipes:
+            self.seeds.setdefault(recipe.row, []).append(recipe)
         empty = np.full((len(_COLUMNS), samples), np.nan)
-        by_id = {contestant.id: empty.copy() for contestant in contestants}
-        self.predicted: dict[str, list[str]] = {contestant.id: [""] * samples for contestant in contestants}
-        self.errors: dict[str, list[str]] = {contestant.id: [] for contestant in contestants}
+        by_id = {recipe.id: empty.copy() for recipe in recipes}
+        self.predicted: dict[str, list[str]] = {recipe.id: [""] * samples for recipe in recipes}
+        self.errors: dict[str, list[str]] = {recipe.id: [] for recipe in recipes}
         for record in records:
-            by_id[record.contestant][:, record.sample] = [_number(getattr(record, name)) for name in _COLUMNS]
-            self.predicted[record.contestant][record.sample] = record.predicted
+            by_id[record.recipe][:, record.sample] = [_number(getattr(record, name)) for name in _COLUMNS]
+            self.predicted[record.recipe][record.sample] = record.predicted
             if record.error:
-                self.errors[record.contestant].append(record.error)
+                self.errors[record.recipe].append(record.error)
         self._values = {row: np.mean([by_id[each.id] for each in seeds], axis=0) for row, seeds in self.seeds.items()}
 
     def __call__(self, row: str, column: str) -> Array:
@@ -59,7 +60,7 @@ def _ratio(ours: Array, theirs: Array) -> float | None:
 
 
 def rows(
-    contestants: Sequence[Contestant],
+    recipes: Sequence[Recipe],
     samples: Sequence[Sample],
     data: Sequence[str],
     metrics: Mapping[str, str],
@@ -71,13 +72,13 @@ def rows(
     A row of which an answer failed says so in "error" and has None for every number.
 
     Args:
-        contestants: without the full model.
+        recipes: without the full model.
         data: for each sample the name of its data set.
         metrics: metric of each data set.
-        records: one of each contestant, the full model included, for each sample.
-        times: `Spread.to_json` by contestant id; of several seeds the first is timed.
+        records: one of each recipe, the full model included, for each sample.
+        times: `Spread.to_json` by recipe id; of several seeds the first is timed.
     """
-    table = _Table([FULL, *contestants], len(samples), records)
+    table = _Table([FULL, *recipes], len(samples), records)
     clusters = Clusters([(name, sample.image_id) for name, sample in zip(data, samples, strict=True)])
     groups = _groups(data, samples)
     found = [
@@ -102,7 +103,7 @@ def _groups(data: Sequence[str], samples: Sequence[Sample]) -> dict[str, dict[st
 
 def _row(
     row: str,
-    seeds: Sequence[Contestant],
+    seeds: Sequence[Recipe],
     table: _Table,
     clusters: Clusters,
     groups: Mapping[str, Mapping[str, Array]],

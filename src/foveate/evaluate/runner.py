@@ -1,4 +1,4 @@
-"""Batches of questions go through all contestants in turns, and every answer becomes a record."""
+"""Batches of questions go through all recipes in turns, and every answer becomes a record."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..engine.apply import apply
+from ..engine.vision.shared import SharedVision, shareable
+from ..recipe import Recipe
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
 from ..tune import next_token_divergence
 from .answer import VLM, Answers, Batch, answer, groups
-from .contestants import FULL, Contestant, build_reducer
 from .costs import sample_costs
 from .data import Sample
-from .features import SharedVision, shareable
+from .grid import FULL, build_reducer
 from .metrics import METRICS
 from .score import matches
 
@@ -29,17 +30,17 @@ class Record:
     """One contestant's answer to one sample; everything in it concerns that sample alone.
 
     Attributes:
-        contestant: id.
+        recipe: its id; "contestant" in the file.
         sample: its number.
         predicted: the answer.
         score: by the metric of its data set, in [0, 1].
         same: whether the full model says the same, normalised.
-        kl: KL(contestant || full) of the first answer token, nats; None with an `error`.
+        kl: KL(recipe || full) of the first answer token, nats; None with an `error`.
         visual_tokens, entering, after, flops, flops_total, kv_bytes: see `costs.Costs`; None where not known.
         error: why there is no answer; then the score is 0.
     """
 
-    contestant: str
+    recipe: str
     sample: int
     predicted: str
     score: float
@@ -55,12 +56,14 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """As it is written in `answers.jsonl`."""
-        return asdict(self)
+        row = asdict(self)
+        return {"contestant": row.pop("recipe"), **row}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Record:
         """What `to_json` wrote. Raises `TypeError` for anything else."""
-        return cls(**row)
+        others = dict(row)
+        return cls(others.pop("contestant", None), **others)
 
 
 class _Nothing(Reducer):
@@ -76,7 +79,7 @@ class Runner:
     Args:
         samples: all of them.
         metrics: name of the metric of each sample.
-        contestants: without the full model, which is added in front.
+        recipes: without the full model, which is added in front.
         reducers: their methods, None to build them.
         share_vision: run the tower once for all methods that leave it alone.
     """
@@ -86,15 +89,15 @@ class Runner:
         vlm: VLM,
         samples: Sequence[Sample],
         metrics: Sequence[str],
-        contestants: Sequence[Contestant],
+        recipes: Sequence[Recipe],
         reducers: Sequence[Reducer] | None = None,
         batch_size: int = 32,
         max_new_tokens: int = 8,
         share_vision: bool = True,
     ):
         self.vlm, self.samples, self.metrics = vlm, samples, metrics
-        self.contestants = [FULL, *contestants]
-        built = [build_reducer(each, vlm) for each in contestants] if reducers is None else reducers
+        self.recipes = [FULL, *recipes]
+        built = [build_reducer(each, vlm) for each in recipes] if reducers is None else reducers
         self.reducers: list[Reducer | None] = [None, *built]
         self.max_new_tokens, self.share_vision = max_new_tokens, share_vision
         self.groups = list(groups(vlm, samples, batch_size))
@@ -105,7 +108,7 @@ class Runner:
         return Batch(list(group), chosen, self.vlm.inputs(chosen))
 
     def ask(self, batch: Batch, wanted: Sequence[int]) -> Iterator[list[Record]]:
-        """Records of a batch for each contestant (by number, 0 is the full model) in `wanted`, in their order.
+        """Records of a batch for each recipe (by number, 0 is the full model) in `wanted`, in their order.
 
         The full model is asked in any case, since the others are compared with it. A method that this batch cannot be
         served with has records with an `error`.
@@ -118,7 +121,7 @@ class Runner:
             reducer = self.reducers[number]
             try:
                 with apply(self.vlm.model, reducer or _Nothing()) as session:
-                    sharing = self.share_vision and shareable(reducer)
+                    sharing = self.share_vision and shareable(session.reducer)
                     with shared.serving() if sharing else contextlib.nullcontext():
                         said = answer(self.vlm, batch.inputs, self.max_new_tokens)
             except (BudgetError, OptionError, UnsupportedError) as error:
@@ -139,7 +142,7 @@ class Runner:
             self._failed(number, index, text, _NO_NUMBERS)
             if not sound
             else Record(
-                contestant=self.contestants[number].id,
+                recipe=self.recipes[number].id,
                 sample=index,
                 predicted=text,
                 score=METRICS[self.metrics[index]].score(text, self.samples[index]),
@@ -159,7 +162,7 @@ class Runner:
 
     def _failed(self, number: int, sample: int, predicted: str, error: str) -> Record:
         unknown = dict.fromkeys(("kl", "visual_tokens", "entering", "after", "flops", "flops_total", "kv_bytes"))
-        return Record(self.contestants[number].id, sample, predicted, 0.0, False, **unknown, error=error)
+        return Record(self.recipes[number].id, sample, predicted, 0.0, False, **unknown, error=error)
 
     def largest(self, count: int) -> list[Batch]:
         """The `count` largest batches, for timing."""

@@ -4,7 +4,7 @@
 * `samples.jsonl`: the questions.
 * `answers.jsonl`: one `Record` a line, appended batch by batch (a second process writes `answers-1.jsonl`, and so on);
   put in order once all are there.
-* `times.json`: prefill times by contestant.
+* `times.json`: prefill times by recipe.
 * `result.json`: what comes of it.
 
 A line that was cut off by a kill is cut away when the sweep goes on.
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from .. import journal
 from ..files import write_whole
-from .contestants import Contestant
+from ..recipe import Recipe
 from .data import Sample, choices_of, references
 from .runner import Record
 
@@ -45,7 +45,7 @@ class Plan:
         samples: questions drawn from each data set; None for all.
         seed: of the draw.
         metric: as asked for ("auto" too); `metrics` is the one of each data set.
-        contestants: the full model is the first.
+        recipes: the full model is the first.
         refused: {"id", "reason"} of those that this model cannot serve.
         weights: fingerprint of the model.
         machine, command: where and how it was started; may differ in a continuation.
@@ -58,7 +58,7 @@ class Plan:
     metric: str
     max_new_tokens: int
     batch_size: int
-    contestants: list[Contestant]
+    recipes: list[Recipe]
     refused: list[dict[str, str]] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     dtype: str = "float32"
@@ -69,21 +69,22 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """As it is written in `sweep.json`."""
-        return {"version": VERSION, **asdict(self), "contestants": [each.to_json() for each in self.contestants]}
+        fields = {name: value for name, value in asdict(self).items() if name != "recipes"}
+        return {"version": VERSION, **fields, "contestants": [each.to_json() for each in self.recipes]}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Plan:
         """What `to_json` wrote."""
-        fields = {name: value for name, value in row.items() if name != "version"}
-        return cls(**{**fields, "contestants": [Contestant.from_json(each) for each in row["contestants"]]})
+        fields = {name: value for name, value in row.items() if name not in ("version", "contestants")}
+        return cls(**fields, recipes=[Recipe.from_json(each) for each in row["contestants"]])
 
     def difference(self, earlier: Plan) -> str | None:
-        """Why the answers of `earlier` cannot be gone on with, None if they can: contestants may only be added."""
+        """Why the answers of `earlier` cannot be gone on with, None if they can: recipes may only be added."""
         for name in _FIXED:
             ours, theirs = getattr(self, name), getattr(earlier, name)
             if ours != theirs:
                 return f"{name} was {_short(theirs)}, now it is {_short(ours)}"
-        gone = {each.id for each in earlier.contestants} - {each.id for each in self.contestants}
+        gone = {each.id for each in earlier.recipes} - {each.id for each in self.recipes}
         if gone:
             return f"{', '.join(sorted(gone)[:3])}{' and others' if len(gone) > 3 else ''} took part and now would not"
         return None
@@ -91,10 +92,6 @@ class Plan:
 
 def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _lines(rows: Iterable[Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class Folder:
@@ -130,7 +127,9 @@ class Folder:
 
     def begin(self, plan: Plan, samples: Sequence[Sample], data: Sequence[str]) -> None:
         """Write the plan, or check it against the one that is there; cut off half-written lines."""
-        asked = _lines(_described(i, name, sample) for i, (name, sample) in enumerate(zip(data, samples, strict=True)))
+        asked = journal.lines(
+            _described(i, name, sample) for i, (name, sample) in enumerate(zip(data, samples, strict=True))
+        )
         if (self.path / "sweep.json").exists():
             difference = plan.difference(self.plan())
             written = self.path / "samples.jsonl"
@@ -141,7 +140,7 @@ class Folder:
         elif self._shards():
             raise SweepError(f"out {self.path}: holds answers but no sweep.json; give another folder")
         for shard in self._shards():
-            _repair(shard)
+            journal.repair(shard)
         write_whole(self.path / "samples.jsonl", asked)
         self._write("sweep.json", plan.to_json())
 
@@ -162,33 +161,31 @@ class Folder:
         return sorted(self.path.glob("answers*.jsonl"))
 
     def records(self) -> dict[tuple[str, int], Record]:
-        """What was answered, by contestant and sample."""
+        """What was answered, by recipe and sample."""
         found: dict[tuple[str, int], Record] = {}
         for path in self._shards():
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # what follows is being written
-                try:
-                    record = Record.from_json(json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise SweepError(f"{path}, line {number}: cannot be read ({error})") from error
-                found.setdefault((record.contestant, record.sample), record)
+            try:
+                rows = [Record.from_json(row) for row in journal.read(path)]
+            except (ValueError, TypeError) as error:
+                raise SweepError(f"{path}: cannot be read ({error})") from error
+            for record in rows:
+                found.setdefault((record.recipe, record.sample), record)
         return found
 
-    @contextlib.contextmanager
-    def append(self, number: int) -> Iterator[Appender]:
-        """Open the file of process `number`."""
-        with open(self.shard(number), "ab") as file:
-            yield Appender(file)
+    def append(self, number: int, records: Iterable[Record]) -> None:
+        """Add to the file of process `number`."""
+        journal.append(self.shard(number), (record.to_json() for record in records))
 
     def arrange(self, records: Iterable[Record]) -> None:
         """Put all answers into one file, in the order given."""
-        write_whole(self.shard(0), _lines(record.to_json() for record in records))
+        write_whole(self.shard(0), journal.lines(record.to_json() for record in records))
         for path in self._shards():
             if path != self.shard(0):
                 path.unlink()
 
     # --------------------------------------------------------------------------------------------- times and results
     def times(self) -> dict[str, Any]:
-        """Prefill times by contestant, empty if they were not taken yet."""
+        """Prefill times by recipe, empty if they were not taken yet."""
         path = self.path / "times.json"
         try:
             return json.loads(path.read_text()) if path.exists() else {}
@@ -205,27 +202,6 @@ class Folder:
 
     def _write(self, name: str, value: Any) -> None:
         write_whole(self.path / name, json.dumps(value, indent=2) + "\n")
-
-
-class Appender:
-    """Appends records to a file, a batch at a time."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-
-    def __call__(self, records: Iterable[Record]) -> None:
-        self._file.write(_lines(record.to_json() for record in records).encode())
-        self._file.flush()
-
-
-def _repair(path: Path) -> None:
-    """Cut off a last line that a kill left without its end."""
-    with open(path, "rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-            os.fsync(file.fileno())
 
 
 def _described(number: int, data: str, sample: Sample) -> dict[str, Any]:

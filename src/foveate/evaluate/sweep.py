@@ -25,7 +25,6 @@ from ..reduction import type_of
 from . import data as datasets
 from . import results
 from .answer import VLM
-from .contestants import CHAIN
 from .costs import prefill_spreads
 from .data import Sample
 from .metrics import choose
@@ -102,7 +101,7 @@ def shared_threads(workers: int) -> Iterator[None]:
 def runner_of(plan: Plan, vlm: VLM, asked: Questions, share_vision: bool = True) -> Runner:
     """The runner that a plan describes."""
     return Runner(
-        vlm, asked.samples, [asked.metrics[name] for name in asked.data], plan.contestants[1:],
+        vlm, asked.samples, [asked.metrics[name] for name in asked.data], plan.recipes[1:],
         batch_size=plan.batch_size, max_new_tokens=plan.max_new_tokens, share_vision=share_vision,
     )  # fmt: skip
 
@@ -137,9 +136,9 @@ def sweep(
             watch.wait(progress)
         records = _in_order(runner, folder)
         folder.arrange(records)
-        failed = {record.contestant for record in records if record.error}
+        failed = {record.recipe for record in records if record.error}
         times = _times(folder, runner, failed, timing_batches, timing_repeats, timing_progress)
-        rows = results.rows(plan.contestants[1:], asked.samples, asked.data, asked.metrics, records, times)
+        rows = results.rows(plan.recipes[1:], asked.samples, asked.data, asked.metrics, records, times)
         result = {
             "model": plan.model,
             "data": plan.data,
@@ -163,24 +162,23 @@ def run_shard(folder: Folder, runner: Runner, shard: int, shards: int, progress:
     known = folder.records().keys()
     mine = runner.groups[shard::shards]
     open_ = [
-        [number for number, c in enumerate(runner.contestants) if any((c.id, i) not in known for i in group)]
+        [number for number, c in enumerate(runner.recipes) if any((c.id, i) not in known for i in group)]
         for group in mine
     ]
     total, done = sum(len(group) * len(wanted) for group, wanted in zip(mine, open_)), 0
-    with folder.append(shard) as write:
-        for group, wanted in zip(mine, open_):
-            if not wanted:
-                continue
-            for records in runner.ask(runner.batch(group), wanted):
-                write(record for record in records if (record.contestant, record.sample) not in known)
-                done += len(records)
-                if progress is not None:
-                    progress(done, total)
+    for group, wanted in zip(mine, open_):
+        if not wanted:
+            continue
+        for records in runner.ask(runner.batch(group), wanted):
+            folder.append(shard, [record for record in records if (record.recipe, record.sample) not in known])
+            done += len(records)
+            if progress is not None:
+                progress(done, total)
 
 
 def _in_order(runner: Runner, folder: Folder) -> list[Record]:
     known = folder.records()
-    return [known[each.id, i] for each in runner.contestants for i in range(len(runner.samples))]
+    return [known[each.id, i] for each in runner.recipes for i in range(len(runner.samples))]
 
 
 def _times(
@@ -190,9 +188,9 @@ def _times(
 
     Those that `failed` are not timed.
     """
-    first = {each.row: number for number, each in reversed(list(enumerate(runner.contestants)))}
-    chosen = sorted(number for number in first.values() if runner.contestants[number].id not in failed)
-    wanted = [runner.contestants[number].id for number in chosen]
+    first = {each.row: number for number, each in reversed(list(enumerate(runner.recipes)))}
+    chosen = sorted(number for number in first.values() if runner.recipes[number].id not in failed)
+    wanted = [runner.recipes[number].id for number in chosen]
     times = folder.times()
     if not (batches and repeats):
         return times
@@ -243,9 +241,8 @@ class _Watch:
 
 def _modules(plan: Plan) -> list[str]:
     """Modules of methods from outside, which a further process has to import before it knows their names."""
-    methods = {each.method for each in plan.contestants[1:]} - {CHAIN}
-    members = [each["method"] for c in plan.contestants if c.method == CHAIN for each in c.options["members"]]
-    modules = {type_of(method).__module__: method for method in sorted({*methods, *members})}
+    methods = {member.method for recipe in plan.recipes if not recipe.is_full for member in recipe.members}
+    modules = {type_of(method).__module__: method for method in sorted(methods)}
     if "__main__" in modules:
         raise SweepError(f"method {modules['__main__']} is defined in a script: workers cannot import it, use 1 worker")
     return [module for module in modules if module.partition(".")[0] != __name__.partition(".")[0]]

@@ -5,12 +5,12 @@
   `estimate` (how sure that is), `cost` and `journal`.
 """
 
-from .candidates import KEEPS, Candidate, Family, families
+from .candidates import KEEPS, Family, families
 from .divergence import next_token_divergence
 from .estimate import Bounds, Estimate, binomial_interval, changed_share
 from .journal import Journal
 from .reference import Outcome, Reference
-from .search import SearchResult, Standing, rung_sizes, search
+from .search import SearchResult, Trial, round_sizes, search
 from .withdrawal import DEFAULT_ETA, ETA_PRESETS, choose_layer, withdrawal_curve
 
 __all__ = [
@@ -18,20 +18,19 @@ __all__ = [
     "ETA_PRESETS",
     "KEEPS",
     "Bounds",
-    "Candidate",
     "Estimate",
     "Family",
     "Journal",
     "Outcome",
     "Reference",
     "SearchResult",
-    "Standing",
+    "Trial",
     "binomial_interval",
     "changed_share",
     "choose_layer",
     "families",
     "next_token_divergence",
-    "rung_sizes",
+    "round_sizes",
     "search",
     "withdrawal_curve",
 ]

@@ -7,12 +7,12 @@ cost more and to change fewer answers, so that what is too little at one budget 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from ..reduction import OptionError, Reducer, build, names, options
+from ..recipe import Recipe
+from ..reduction import OptionError, names, options
 
-__all__ = ["KEEPS", "Candidate", "Family", "families", "layers_of"]
+__all__ = ["KEEPS", "Family", "families", "layers_of"]
 
 KEEPS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8)
 """Budgets tried for every method: fractions of the visual tokens."""
@@ -21,28 +21,11 @@ _LAYER_STEPS = 4
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One method with all its options."""
-
-    method: str
-    options: dict[str, Any] = field(hash=False)
-
-    def build(self) -> Reducer:
-        """The method, anew. Raises `OptionError`, `BudgetError`."""
-        return build(self.method, **self.options)
-
-    @property
-    def key(self) -> str:
-        """Readable and unique: "fastv keep=0.3 layer=2"."""
-        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
-
-
-@dataclass(frozen=True)
 class Family:
     """Candidates that differ in their budget only, the smallest budget first."""
 
     name: str
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Recipe, ...]
 
 
 def families(depth: int, methods: Sequence[str] | None = None, keeps: Sequence[int | float] = KEEPS) -> list[Family]:
@@ -70,15 +53,15 @@ def layers_of(depth: int) -> list[int]:
 def _families_of(name: str, depth: int, keeps: Sequence[int | float]) -> list[Family]:
     known = options(name)
     if "layer" in known and known.get("keep") is None:  # VTW: the layer is the budget
-        return [Family(name, tuple(Candidate(name, {"layer": layer}) for layer in range(1, depth)))]
+        return [Family(name, tuple(Recipe(name, {"layer": layer}) for layer in range(1, depth)))]
     if "keep" not in known:
         raise OptionError(f"method {name} takes no keep=, so there is no budget to search for")
     if "layer" not in known:
-        return [Family(name, tuple(Candidate(name, {"keep": keep}) for keep in keeps))]
+        return [Family(name, tuple(Recipe(name, {"keep": keep}) for keep in keeps))]
     layers = layers_of(depth)
     if isinstance(known["layer"], int) and known["layer"] < 0:  # before the decoder is a place, too
         layers = [known["layer"], *layers]
     return [
-        Family(f"{name} layer={layer}", tuple(Candidate(name, {"keep": keep, "layer": layer}) for keep in keeps))
+        Family(f"{name} layer={layer}", tuple(Recipe(name, {"keep": keep, "layer": layer}) for keep in keeps))
         for layer in layers
     ]

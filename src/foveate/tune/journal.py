@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import journal
 from ..files import write_whole
 from ..reduction import OptionError
 
@@ -63,12 +64,17 @@ class Journal:
             return
         header = {_HEADER: 1, "fingerprint": json.loads(json.dumps(fingerprint))}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-            self._read(whole, header)
-            write_whole(path, "".join(whole) or json.dumps(header) + "\n")
-        except (OSError, UnicodeDecodeError) as error:
+            if rows := journal.read(path):
+                self._known = self._measurements(rows, header)
+                journal.repair(path)
+            else:
+                write_whole(path, journal.lines([header]))
+        except OSError as error:
             raise OptionError(f"journal {path}: cannot be used ({error})") from error
+        except (ValueError, TypeError) as error:
+            if isinstance(error, OptionError):
+                raise
+            raise OptionError(f"journal {path}: no journal of foveate tune; remove it") from error
 
     def __len__(self) -> int:
         return len(self._known)
@@ -81,8 +87,7 @@ class Journal:
         """Keep a measurement; it is on disk when this returns."""
         self._known[measurement.candidate, tuple(measurement.samples)] = measurement
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(measurement)) + "\n")
+            journal.append(self.path, [dataclasses.asdict(measurement)])
         return measurement
 
     def remove(self) -> None:
@@ -90,14 +95,12 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _read(self, lines: list[str], header: dict[str, Any]) -> None:
-        try:
-            rows = [json.loads(line) for line in lines]
-            found = [Measurement(**row) for row in rows[1:]]
-        except (ValueError, TypeError) as error:
-            raise OptionError(f"journal {self.path}: no journal of foveate tune; remove it") from error
-        if rows and rows[0] != header:
+    def _measurements(self, rows: list[Any], header: dict[str, Any]) -> dict[tuple[str, tuple[int, ...]], Measurement]:
+        found = [Measurement(**row) for row in rows[1:]]
+        if not isinstance(rows[0], dict) or _HEADER not in rows[0]:
+            raise ValueError("another file")
+        if rows[0] != header:
             raise OptionError(
                 f"journal {self.path}: belongs to another search (other model, questions or version); remove it"
             )
-        self._known = {(m.candidate, tuple(m.samples)): m for m in found}
+        return {(m.candidate, tuple(m.samples)): m for m in found}

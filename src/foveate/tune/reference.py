@@ -12,7 +12,6 @@ tower or works in it), and the hidden states, keys and values of the decoder lay
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from ..engine.apply import apply
 from ..engine.compat import given_cache, returned_cache
 from ..engine.families.parts import resolve
 from ..engine.trace import Trace
+from ..engine.vision.shared import SharedVision, shareable
 from ..ops.logits import has_softmax
 from ..reduction import BEFORE_LAYERS, Reducer, UnsupportedError
 from ._patching import evaluating, replaced
@@ -83,12 +83,13 @@ class Reference:
         self.inputs = dict(inputs)
         self.length = int(self.inputs["input_ids"].shape[1])
         self._new = max_new_tokens
-        self._vision: list[Any] = []
+        self._vision = SharedVision(model)
         self._layers: list[Any] = []
         with contextlib.ExitStack() as stack:
             for handle in self._listen(prefix):
                 stack.callback(handle.remove)
             reader = _Scores(self.length)
+            stack.enter_context(self._vision.serving())
             output = self._generate(reader)
         answers = output.sequences[:, self.length :]
         self.tokens = torch.where(_until_end(answers, self._ends()), answers, -1)
@@ -114,12 +115,11 @@ class Reference:
         with contextlib.ExitStack() as stack:
             session = stack.enter_context(apply(self.anatomy.model, reducer))
             reducer = session.reducer
-            untouched = not reducer.vision_taps and getattr(reducer, "tower", None) is None
-            tower_ran = not (share and untouched and self._vision)
-            if not tower_ran:
-                assert self.anatomy.vision is not None  # its outputs are remembered
-                stack.enter_context(replaced(self.anatomy.vision, "forward", _replay(self._vision)))
-            skipped = min(skippable_layers(reducer), len(self._layers)) if share and untouched else 0
+            share = share and shareable(reducer)
+            if share:
+                stack.enter_context(self._vision.serving())
+            served = self._vision.served
+            skipped = min(skippable_layers(reducer), len(self._layers)) if share else 0
             for i in range(skipped):
                 layer = self.anatomy.layers[i]
                 stack.enter_context(replaced(layer, "forward", self._remembered(i, layer.forward)))
@@ -129,13 +129,11 @@ class Reference:
             raise UnsupportedError("the prompt holds no visual token, so there is nothing to reduce")
         _check(reader.scores, self.tokens, "the reduced model's")
         kl = next_token_divergence(reader.scores[0], self._scores[0])
-        return Outcome(_gaps(reader.scores, self.tokens), kl.cpu(), trace, skipped, tower_ran)
+        return Outcome(_gaps(reader.scores, self.tokens), kl.cpu(), trace, skipped, self._vision.served == served)
 
     # ------------------------------------------------------------------------------------------------ the full model
     def _listen(self, prefix: int) -> Iterator[Any]:
-        """Hooks that remember what the tower and the first `prefix` decoder layers put out in the prefill."""
-        if self.anatomy.vision is not None:
-            yield self.anatomy.vision.register_forward_hook(lambda *call: self._vision.append(copy.copy(call[-1])))
+        """Hooks that remember what the first `prefix` decoder layers put out in the prefill."""
         for i in range(prefix):
             yield self.anatomy.layers[i].register_forward_hook(
                 lambda *call, i=i: self._layers.append(call[-1]) if len(self._layers) == i else None
@@ -238,15 +236,3 @@ def _until_end(answers: Tensor, ends: Sequence[int]) -> Tensor:
     """(B, T) bool: tokens up to the first that ends the answer, this one included."""
     over = torch.isin(answers, torch.tensor(list(ends), dtype=answers.dtype, device=answers.device))
     return over.long().cumsum(1) - over.long() == 0
-
-
-def _replay(outputs: Sequence[Any]) -> Callable[..., Any]:
-    """A module that hands out what it put out before, in the same order and over again."""
-    turn = 0
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal turn
-        turn += 1
-        return copy.copy(outputs[(turn - 1) % len(outputs)])
-
-    return forward

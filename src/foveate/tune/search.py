@@ -1,10 +1,10 @@
 """The cheapest method, layer and budget that stays close to the full model: a race by successive halving.
 
-Questions come in rungs, each as many as all before it together. In a rung every candidate still in the race is led
+Questions come in rounds, each as many as all before it together. In a round every candidate still in the race is led
 along the full model's answers (`reference`); out are those that already changed more answers than the bound allows by
-bad luck, and, within a family, every smaller budget with them. After a rung the better half goes on: of those that
-look good enough the cheapest. Whoever got through all rungs is judged by its upper confidence bound (`estimate`), the
-cheapest first. If none passes, the race goes on among those that were left behind, cheapest first: nothing is given up
+bad luck, and, within a family, every smaller budget with them. After a round the better half goes on: of those that
+look good enough the cheapest. Whoever got through all rounds is judged by its upper confidence bound (`estimate`), the
+cheapest first. If none passes, the race goes on among those set aside, cheapest first: nothing is given up
 unseen but what was refuted.
 """
 
@@ -20,23 +20,24 @@ from typing import Any
 from torch import nn
 
 from ..engine.families.parts import resolve
+from ..recipe import Recipe
 from ..reduction import OptionError, UnsupportedError
-from .candidates import Candidate, Family
+from .candidates import Family
 from .cost import bill
 from .estimate import Bounds, Estimate, estimate, refuted
 from .journal import FULL_MODEL, Journal, Measurement
 from .reference import Reference
 
-__all__ = ["Batch", "SearchResult", "Standing", "rung_sizes", "search"]
+__all__ = ["Batch", "SearchResult", "Trial", "round_sizes", "search"]
 
 Batch = tuple[Sequence[int], Mapping[str, Any]]
 """Numbers of the samples, and what to call the model with."""
 
-RACING, BEHIND, REFUTED, REFUSED, PASSED = "racing", "left behind", "refuted", "refused", "passed"
+RACING, SET_ASIDE, REFUTED, REFUSED, PASSED = "racing", "left behind", "refuted", "refused", "passed"
 
 
 @dataclass
-class Standing:
+class Trial:
     """How a candidate did.
 
     Attributes:
@@ -46,11 +47,11 @@ class Standing:
         flops, flops_full: of these prefills, and of the full model's.
     """
 
-    candidate: Candidate
+    recipe: Recipe
     family: str
     state: str = RACING
     reason: str = ""
-    rungs: int = 0
+    rounds: int = 0
     margins: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -86,7 +87,7 @@ class SearchResult:
 
     Attributes:
         chosen: the cheapest candidate within the bounds; None: nothing qualifies, keep the full model.
-        standings: every candidate, in the order of the grid.
+        trials: every candidate, in the order of the grid.
         samples: questions of the whole set.
         evaluations: pairs of candidate and question that were measured.
         prefills: FLOPs spent on prefills, in full prefills of one question; the full model's own included.
@@ -95,8 +96,8 @@ class SearchResult:
         seconds: spent measuring, over all runs if it was resumed.
     """
 
-    chosen: Standing | None
-    standings: list[Standing]
+    chosen: Trial | None
+    trials: list[Trial]
     samples: int
     evaluations: int
     prefills: float
@@ -104,15 +105,15 @@ class SearchResult:
     seconds: float
 
 
-def rung_sizes(samples: int, rungs: int = 4) -> list[int]:
-    """Samples new in each rung, so that each rung doubles what was seen: 64 -> 8, 8, 16, 32."""
-    seen = [0, *(max(1, round(samples / 2**rung)) for rung in reversed(range(rungs)))]
+def round_sizes(samples: int, rounds: int = 4) -> list[int]:
+    """Samples new in each round, so that each round doubles what was seen: 64 -> 8, 8, 16, 32."""
+    seen = [0, *(max(1, round(samples / 2**turn)) for turn in reversed(range(rounds)))]
     return [size for size in (after - before for before, after in itertools.pairwise(seen)) if size > 0]
 
 
 def search(
     model: nn.Module,
-    rungs: Sequence[Sequence[Batch]],
+    rounds: Sequence[Sequence[Batch]],
     families: Sequence[Family],
     bounds: Bounds,
     max_new_tokens: int = 16,
@@ -123,108 +124,108 @@ def search(
 
     Args:
         model: any Hugging Face vision-language model that generates.
-        rungs: the questions, in batches, see `rung_sizes`; drawn at random, so that each rung stands for all.
+        rounds: the questions, in batches, see `round_sizes`; drawn at random, so that each round stands for all.
         families: see `candidates.families`.
         bounds: what is good enough.
         max_new_tokens: longest answer.
         journal: where measurements are kept, so that a search that was stopped goes on.
-        progress: called with rungs of candidates done and to do; the latter falls as candidates drop out.
+        progress: called with rounds of candidates done and to do; the latter falls as candidates drop out.
     """
     kept = Journal(None) if journal is None else journal
-    return _Race(model, rungs, families, bounds, max_new_tokens, kept, progress).run()
+    return _Race(model, rounds, families, bounds, max_new_tokens, kept, progress).run()
 
 
 class _Race:
     def __init__(
         self,
         model: nn.Module,
-        rungs: Sequence[Sequence[Batch]],
+        rounds: Sequence[Sequence[Batch]],
         families: Sequence[Family],
         bounds: Bounds,
         max_new_tokens: int,
         journal: Journal,
         progress: Callable[[int, int], None] | None,
     ):
-        self.model, self.rungs, self.bounds, self.journal = model, rungs, bounds, journal
+        self.model, self.rounds, self.bounds, self.journal = model, rounds, bounds, journal
         self.max_new_tokens, self.progress = max_new_tokens, progress
-        self.families = {family.name: [Standing(c, family.name) for c in family.candidates] for family in families}
-        self.standings = [standing for family in self.families.values() for standing in family]
+        self.families = {family.name: [Trial(c, family.name) for c in family.candidates] for family in families}
+        self.trials = [trial for family in self.families.values() for trial in family]
         self._prefix = resolve(model).depth - 1
         self.evaluations, self.seconds, self.spent = 0, 0.0, 0.0
         self.full: dict[tuple[int, ...], Measurement] = {}
 
     def run(self) -> SearchResult:
         """The race, then one more for each lot of those left behind, until one passes."""
-        started = list(self.standings)
+        started = list(self.trials)
         while True:
-            for rung in range(len(self.rungs)):
-                self._advance(started, rung)
-                if rung < len(self.rungs) - 1:
+            for turn in range(len(self.rounds)):
+                self._advance(started, turn)
+                if turn < len(self.rounds) - 1:
                     self._halve(started)
             chosen = self._judge(started)
-            behind = [standing for standing in self.standings if standing.state == BEHIND]
-            if chosen is not None or not behind:
+            aside = [trial for trial in self.trials if trial.state == SET_ASIDE]
+            if chosen is not None or not aside:
                 return self._result(chosen)
-            started = sorted(behind, key=lambda standing: standing.cost)[: math.ceil(len(behind) / 2)]
-            for standing in started:
-                standing.state = RACING
+            started = sorted(aside, key=lambda trial: trial.cost)[: math.ceil(len(aside) / 2)]
+            for trial in started:
+                trial.state = RACING
 
     # ------------------------------------------------------------------------------------------------- measuring
-    def _advance(self, runners: Sequence[Standing], rung: int) -> None:
-        """Measure the runners that have not seen this rung yet on its batches."""
-        waiting = [standing for standing in runners if standing.state == RACING and standing.rungs == rung]
-        ids = {id(standing) for standing in waiting}
+    def _advance(self, runners: Sequence[Trial], turn: int) -> None:
+        """Measure the runners that have not seen this round yet on its batches."""
+        waiting = [trial for trial in runners if trial.state == RACING and trial.rounds == turn]
+        ids = {id(trial) for trial in waiting}
         done = 0
-        for samples, inputs in self.rungs[rung]:
+        for samples, inputs in self.rounds[turn]:
             batch = _Batch(self, tuple(samples), inputs, self._prefix)
             for family in self.families.values():
-                for standing in reversed(family):  # from the largest budget: what fails there need not be seen below
-                    if id(standing) in ids and standing.state == RACING:
-                        batch.measure(standing)
-                        if refuted(standing.margins, standing.gaps, standing.kl, self.bounds):
-                            _refute(family, standing)
+                for trial in reversed(family):  # from the largest budget: what fails there need not be seen below
+                    if id(trial) in ids and trial.state == RACING:
+                        batch.measure(trial)
+                        if refuted(trial.margins, trial.gaps, trial.kl, self.bounds):
+                            _refute(family, trial)
             done += len(samples)
             if self.progress is not None:
-                racing = sum(standing.state == RACING for standing in waiting)
-                self.progress(done * racing, sum(len(numbers) for numbers, _ in self.rungs[rung]) * racing)
-        for standing in waiting:
-            standing.rungs += 1
+                racing = sum(trial.state == RACING for trial in waiting)
+                self.progress(done * racing, sum(len(numbers) for numbers, _ in self.rounds[turn]) * racing)
+        for trial in waiting:
+            trial.rounds += 1
 
-    def _halve(self, runners: Sequence[Standing]) -> None:
+    def _halve(self, runners: Sequence[Trial]) -> None:
         """Leave half of the racing ones behind: keep the cheapest that look good enough, then the nearest to it."""
-        racing = [standing for standing in runners if standing.state == RACING]
+        racing = [trial for trial in runners if trial.state == RACING]
         order = []
-        for standing in racing:
-            standing.estimate = estimate(standing.margins, standing.gaps, standing.kl, self.bounds)
-            excess = standing.estimate.excess
-            order.append(((0, standing.cost, excess) if excess <= 1 else (1, excess, standing.cost), standing))
+        for trial in racing:
+            trial.estimate = estimate(trial.margins, trial.gaps, trial.kl, self.bounds)
+            excess = trial.estimate.excess
+            order.append(((0, trial.cost, excess) if excess <= 1 else (1, excess, trial.cost), trial))
         order.sort(key=lambda pair: pair[0])
-        for _, standing in order[math.ceil(len(order) / 2) :]:
-            standing.state = BEHIND
+        for _, trial in order[math.ceil(len(order) / 2) :]:
+            trial.state = SET_ASIDE
 
-    def _judge(self, runners: Sequence[Standing]) -> Standing | None:
-        """The cheapest whose upper bounds are good enough after all rungs; of equals the less divergent."""
-        racing = [standing for standing in runners if standing.state == RACING]
-        for standing in sorted(racing, key=lambda each: (each.cost, each.mean_kl)):
-            standing.estimate = estimate(standing.margins, standing.gaps, standing.kl, self.bounds)
-            if standing.estimate.upper_excess <= 1:
-                standing.state = PASSED
-                return standing
-            standing.state, standing.reason = REFUTED, "not sure enough on these questions"
+    def _judge(self, runners: Sequence[Trial]) -> Trial | None:
+        """The cheapest whose upper bounds are good enough after all rounds; of equals the less divergent."""
+        racing = [trial for trial in runners if trial.state == RACING]
+        for trial in sorted(racing, key=lambda each: (each.cost, each.mean_kl)):
+            trial.estimate = estimate(trial.margins, trial.gaps, trial.kl, self.bounds)
+            if trial.estimate.upper_excess <= 1:
+                trial.state = PASSED
+                return trial
+            trial.state, trial.reason = REFUTED, "not sure enough on these questions"
         return None
 
-    def _result(self, chosen: Standing | None) -> SearchResult:
-        samples = sum(len(numbers) for rung in self.rungs for numbers, _ in rung)
+    def _result(self, chosen: Trial | None) -> SearchResult:
+        samples = sum(len(numbers) for turn in self.rounds for numbers, _ in turn)
         one = sum(measured.flops for measured in self.full.values()) / max(1, sum(len(key) for key in self.full))
         exhaustive = 0.0
         for family in self.families.values():
             cost = 1.0
-            for standing in reversed(family):
-                if standing.state != REFUSED:
-                    cost = cost if math.isnan(standing.cost) else standing.cost
+            for trial in reversed(family):
+                if trial.state != REFUSED:
+                    cost = cost if math.isnan(trial.cost) else trial.cost
                     exhaustive += cost * samples
         return SearchResult(
-            chosen, self.standings, samples, self.evaluations, self.spent / one, exhaustive + samples, self.seconds
+            chosen, self.trials, samples, self.evaluations, self.spent / one, exhaustive + samples, self.seconds
         )
 
 
@@ -235,36 +236,36 @@ class _Batch:
         self.race, self.samples, self.inputs, self.prefix = race, samples, inputs, prefix
         self._reference: Reference | None = None
 
-    def measure(self, standing: Standing) -> None:
-        """Add the candidate's measurement on this batch to its standing."""
-        race, key = self.race, standing.candidate.key
-        found = race.journal.find(key, self.samples) or race.journal.add(self._run(standing.candidate))
+    def measure(self, trial: Trial) -> None:
+        """Add the candidate's measurement on this batch to its trial."""
+        race, key = self.race, trial.recipe.id
+        found = race.journal.find(key, self.samples) or race.journal.add(self._run(trial.recipe))
         race.seconds += found.seconds
         if found.refused:
-            standing.state, standing.reason = REFUSED, found.refused
+            trial.state, trial.reason = REFUSED, found.refused
             return
         full = self._full()
         race.evaluations += len(self.samples)
         race.spent += found.spent
-        standing.margins += full.gaps
-        standing.gaps += found.gaps
-        standing.kl += found.kl
-        standing.flops += found.flops
-        standing.flops_full += full.flops
-        standing.entering += found.entering
-        if standing.cost >= 1:
-            standing.state, standing.reason = REFUSED, "saves nothing in this model"
+        trial.margins += full.gaps
+        trial.gaps += found.gaps
+        trial.kl += found.kl
+        trial.flops += found.flops
+        trial.flops_full += full.flops
+        trial.entering += found.entering
+        if trial.cost >= 1:
+            trial.state, trial.reason = REFUSED, "saves nothing in this model"
 
-    def _run(self, candidate: Candidate) -> Measurement:
+    def _run(self, recipe: Recipe) -> Measurement:
         start, reference = time.perf_counter(), self.reference
         try:
-            outcome = reference.measure(candidate.build())
+            outcome = reference.measure(recipe.build())
         except (OptionError, UnsupportedError) as error:
-            return Measurement(candidate.key, list(self.samples), refused=" ".join(str(error).split()))
+            return Measurement(recipe.id, list(self.samples), refused=" ".join(str(error).split()))
         ours, full = bill(self.race.model, outcome.trace, self.inputs), reference.bill
         shared = (0.0 if outcome.tower_ran else full.tower) + outcome.skipped / reference.anatomy.depth * full.layers
         return Measurement(
-            candidate.key,
+            recipe.id,
             list(self.samples),
             outcome.gaps.tolist(),
             outcome.kl.tolist(),
@@ -297,10 +298,10 @@ class _Batch:
         return race.full[self.samples]
 
 
-def _refute(family: Sequence[Standing], standing: Standing) -> None:
+def _refute(family: Sequence[Trial], trial: Trial) -> None:
     """Out with a candidate, and with every smaller budget of its family."""
-    standing.state = REFUTED
-    standing.reason = f"{standing.changed} of {len(standing.gaps)} answers changed, mean KL {standing.mean_kl:.4f}"
-    for smaller in family[: family.index(standing)]:
-        if smaller.state in (RACING, BEHIND):
-            smaller.state, smaller.reason = REFUTED, f"{standing.candidate.key} fails already"
+    trial.state = REFUTED
+    trial.reason = f"{trial.changed} of {len(trial.gaps)} answers changed, mean KL {trial.mean_kl:.4f}"
+    for smaller in family[: family.index(trial)]:
+        if smaller.state in (RACING, SET_ASIDE):
+            smaller.state, smaller.reason = REFUTED, f"{trial.recipe.id} fails already"

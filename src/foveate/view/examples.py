@@ -8,10 +8,11 @@ from itertools import zip_longest
 
 from ..engine.apply import apply
 from ..evaluate.answer import VLM, answer
-from ..evaluate.contestants import FULL, Contestant, build_reducer
 from ..evaluate.data import Sample
+from ..evaluate.grid import FULL, build_reducer
 from ..evaluate.results import BASELINES
 from ..evaluate.runner import Record
+from ..recipe import Recipe
 from .folder import AXES, Entry, Results
 from .patches import Panel, panels
 
@@ -28,7 +29,7 @@ class Change:
     """
 
     entry: Entry
-    contestant: Contestant
+    recipe: Recipe
     sample: int
     full: Record
     reduced: Record
@@ -52,7 +53,7 @@ def changes(results: Results) -> Iterator[Change]:
 
     No image comes twice.
     """
-    by_id = {contestant.id: contestant for contestant in results.plan.contestants}
+    by_id = {recipe.id: recipe for recipe in results.plan.recipes}
     queues = []
     for number, entry in enumerate(_by_interest(results.entries)):
         found = list(_of(results, entry, by_id[entry.seeds[0]]))
@@ -87,11 +88,11 @@ def _by_interest(entries: Sequence[Entry]) -> list[Entry]:
     return [entry for _, entry in ordered]
 
 
-def _of(results: Results, entry: Entry, contestant: Contestant) -> Iterator[Change]:
+def _of(results: Results, entry: Entry, recipe: Recipe) -> Iterator[Change]:
     for sample in range(len(results.samples)):
-        full, reduced = (results.records.get((each, sample)) for each in (FULL.id, contestant.id))
+        full, reduced = (results.records.get((each, sample)) for each in (FULL.id, recipe.id))
         if full is not None and reduced is not None and not reduced.same and full.score != reduced.score:
-            yield Change(entry, contestant, sample, full, reduced)
+            yield Change(entry, recipe, sample, full, reduced)
 
 
 def show(vlm: VLM, change: Change, sample: Sample, max_new_tokens: int) -> Example | None:
@@ -102,7 +103,7 @@ def show(vlm: VLM, change: Change, sample: Sample, max_new_tokens: int) -> Examp
     Raises:
         UnsupportedError: the method cannot be applied to this model.
     """
-    reducer = build_reducer(change.contestant, vlm)
+    reducer = build_reducer(change.recipe, vlm)
     if reducer is None:
         return None
     with apply(vlm.model, reducer) as session:

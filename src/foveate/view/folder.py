@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluate.contestants import FULL
+from ..evaluate.grid import FULL
 from ..evaluate.runner import Record
 from ..evaluate.stats import Clusters
 from ..evaluate.store import Folder, Plan, SweepError
@@ -49,7 +49,7 @@ class Entry:
         row: as in `result.json`.
         name: the method, with as many options as tell it from other entries of that method.
         scores: (samples,) mean over the seeds.
-        seeds: ids of its contestants, one for each seed.
+        seeds: ids of its recipes, one for each seed.
     """
 
     row: Mapping[str, Any]
@@ -99,11 +99,11 @@ class Results:
 
     Attributes:
         samples: `samples.jsonl`, in order.
-        records: the answers, by contestant and sample.
+        records: the answers, by recipe and sample.
         entries: without the full model and those that failed; empty unless finished.
         failed: id -> error of the settings without a result.
         full: the full model; None unless finished.
-        times: contestant id -> {"prefill_ms", "q1", "q3", "runs"}.
+        times: recipe id -> {"prefill_ms", "q1", "q3", "runs"}.
         started, ended: when the plan and the result were written.
     """
 
@@ -182,11 +182,11 @@ def _entries(
     plan: Plan, rows: Sequence[Mapping[str, Any]], records: Mapping[tuple[str, int], Record], count: int
 ) -> Iterator[Entry]:
     names = _names(rows)
-    scores = {contestant.id: np.full(count, np.nan) for contestant in plan.contestants}
-    for (contestant, sample), record in records.items():
-        scores[contestant][sample] = record.score
+    scores = {recipe.id: np.full(count, np.nan) for recipe in plan.recipes}
+    for (recipe, sample), record in records.items():
+        scores[recipe][sample] = record.score
     for row in rows:
-        seeds = tuple(each.id for each in plan.contestants if each.row == row["id"])
+        seeds = tuple(each.id for each in plan.recipes if each.row == row["id"])
         yield Entry(row, names[row["id"]], np.mean([scores[seed] for seed in seeds], axis=0), seeds)
 
 

@@ -64,7 +64,7 @@ def write_report(folder: str | Path, vlm: VLM | None, path: str | Path, examples
 
 def _head(results: Results, title: str) -> str:
     when = f"{(results.ended or results.started):%Y-%m-%d %H:%M} UTC"
-    rivals = results.plan.contestants[1:]
+    rivals = results.plan.recipes[1:]
     methods, settings = len({each.method for each in rivals}), len({each.row for each in rivals})
     line = f"{methods} methods, {settings} settings, {len(results.samples):,} questions; {when}"
     return f"<header><h1>{escape(title)}</h1>{paragraph(line, 'soft')}</header>"
@@ -84,7 +84,7 @@ def _section(anchor: str, title: str, *parts: str) -> str:
 
 # -------------------------------------------------------------------------------------------------------- the parts
 def _unfinished(results: Results) -> list[str]:
-    planned = len(results.plan.contestants) * len(results.samples)
+    planned = len(results.plan.recipes) * len(results.samples)
     done = len(results.records)
     warning = (
         f"This sweep is not finished: {done:,} of {planned:,} answers ({done / max(planned, 1):.0%}). "

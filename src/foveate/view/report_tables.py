@@ -7,7 +7,7 @@ from dataclasses import replace
 from html import escape
 from typing import Any
 
-from ..evaluate.contestants import FULL
+from ..evaluate.grid import FULL
 from .findings import Versus, best_per_budget, versus_baselines
 from .folder import AXES, Entry, Results
 from .kinds import loss_by_kind, signed_points
@@ -102,7 +102,7 @@ def facts(results: Results) -> str:
     """Model, data, machine and time, as a list of terms."""
     plan = results.plan
     groups = results.groups("data")
-    seeds = sorted({c.seed for c in plan.contestants if c.seed is not None})
+    seeds = sorted({c.seed for c in plan.recipes if c.seed is not None})
     lines = {
         "model": f"{plan.model}, {plan.dtype} on {plan.device}" + (f", weights {plan.weights}" if plan.weights else ""),
         "data": "; ".join(
@@ -121,15 +121,15 @@ def facts(results: Results) -> str:
 
 
 def progress(results: Results) -> str:
-    """How far each contestant of an unfinished sweep is, and how it does on the same questions as the full model."""
+    """How far each recipe of an unfinished sweep is, and how it does on the same questions as the full model."""
     found = []
-    for contestant in results.plan.contestants:
-        answered = [i for i in range(len(results.samples)) if (contestant.id, i) in results.records]
+    for recipe in results.plan.recipes:
+        answered = [i for i in range(len(results.samples)) if (recipe.id, i) in results.records]
         both = [i for i in answered if (FULL.id, i) in results.records]
-        ours = sum(results.records[contestant.id, i].score for i in both) / len(both) if both else None
+        ours = sum(results.records[recipe.id, i].score for i in both) / len(both) if both else None
         full = sum(results.records[FULL.id, i].score for i in both) / len(both) if both else None
         done = Cell(f"{len(answered):,} of {len(results.samples):,}", len(answered))
-        found.append([Cell(contestant.id), done, percent(ours), percent(full)])
+        found.append([Cell(recipe.id), done, percent(ours), percent(full)])
     heads = ["setting", "answered", "score until now", "full model on the same"]
     return table(heads, found, "Answers until now")
 

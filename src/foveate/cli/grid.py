@@ -1,8 +1,9 @@
-"""How the contestants of a sweep are written on a command line, and in a file."""
+"""How the grid of a sweep is written on a command line, and in a file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,28 @@ import foveate
 from ..reduction import info
 from .shell import CommandError, option_value
 
-__all__ = ["entries"]
+__all__ = ["listed_recipes"]
 
 
-def entries(
-    methods: str | None, option: Sequence[str], contestants: Path | None, model: str
+def listed_recipes(
+    methods: str | None, option: Sequence[str], grid: Path | None, model: str
 ) -> tuple[list[Any], set[str]]:
     """What takes part, without budgets and seeds, and which methods were asked for by name.
 
     Args:
         methods: names separated by commas, each possibly with [option=value;...]; "all" is every method. None: all,
             unless there is a file.
-        option: METHOD.NAME=VALUE, for every entry of that method on the command line.
-        contestants: YAML list of {method, options, keep}.
+        option: METHOD.NAME=VALUE, for every recipe of that method on the command line.
+        grid: YAML list of {method, options, keep}.
         model: on which they compete.
 
     Raises:
         CommandError, OptionError: whatever is wrong with them.
     """
-    from ..evaluate.contestants import entries_for
+    from ..evaluate.grid import recipes_for
 
     common = _common(option)
-    listed = _split("all" if methods is None and contestants is None else methods or "")
+    listed = _split("all" if methods is None and grid is None else methods or "")
     named = [_named(text) for text in listed if text != "all"]
     known = {name for name, _ in named}
     rest: list[tuple[str, dict[str, Any]]] = (
@@ -40,13 +41,13 @@ def entries(
     )
     found = []
     for name, chosen in [*named, *rest]:
-        found += entries_for(name, {**common.get(name, {}), **chosen}, model)
-    idle = common.keys() - {entry.method for entry in found}
+        found += recipes_for(name, {**common.get(name, {}), **chosen}, model)
+    idle = common.keys() - {recipe.method for recipe in found}
     if idle:
         raise CommandError(f"option {min(idle)}.{next(iter(common[min(idle)]))}: {min(idle)} takes no part")
-    if contestants is not None:
-        from_file = _from_file(contestants, model)
-        known |= {entry.method for entry in from_file}
+    if grid is not None:
+        from_file = _from_file(grid, model)
+        known |= {recipe.method for recipe in from_file}
         found += from_file
     if not found:
         raise CommandError(f"methods {methods!r}: name at least one of {', '.join(foveate.names())}")
@@ -96,25 +97,29 @@ def _named(text: str) -> tuple[str, dict[str, Any]]:
 def _from_file(path: Path, model: str) -> list[Any]:
     import yaml
 
-    from ..evaluate.contestants import Entry, entries_for
+    from ..evaluate.grid import recipes_for
 
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CommandError(f"contestants {path}: cannot be read ({error})") from error
+        raise CommandError(f"grid {path}: cannot be read ({error})") from error
     if not isinstance(rows, list) or not rows:
-        raise CommandError(f"contestants {path}: a list of entries with method, options and keep is expected")
-    entries = []
+        raise CommandError(f"grid {path}: a list of entries with method, options and keep is expected")
+    recipes = []
     for number, row in enumerate(rows, 1):
-        where = f"contestants {path}, entry {number}"
+        where = f"grid {path}, entry {number}"
         if not (
-            isinstance(row, dict) and isinstance(row.get("method"), str) and row.keys() <= Entry.__annotations__.keys()
+            isinstance(row, dict) and isinstance(row.get("method"), str) and row.keys() <= {"method", "options", "keep"}
         ):
             raise CommandError(f"{where}: needs method, and may have options and keep")
         chosen, budgets = row.get("options") or {}, row.get("keep")
         if not isinstance(chosen, dict):
             raise CommandError(f"{where}: options must be a mapping")
-        if budgets is not None and not isinstance(budgets, list):
-            budgets = [budgets]
-        entries += [Entry(each.method, each.options, budgets) for each in entries_for(row["method"], chosen, model)]
-    return entries
+        for each in recipes_for(row["method"], chosen, model):
+            if budgets is None:
+                recipes.append(each)
+                continue
+            for keep in budgets if isinstance(budgets, list) else [budgets]:
+                options = each.options if keep is not None else {**each.options, "keep": None}
+                recipes.append(replace(each, options=options, keep=keep))
+    return recipes

@@ -4,15 +4,15 @@ import functools
 
 import pytest
 import torch
-
-import foveate
-from foveate.evaluate.answer import answer, load
-from foveate.evaluate.contestants import Contestant
-from foveate.evaluate.data import load as data
-from foveate.evaluate.features import SharedVision, shareable
-from foveate.evaluate.runner import Runner
 from tests.families import inputs as family_inputs
 from tests.reference.checks import build_once, footprint
+
+import foveate
+from foveate.engine.vision.shared import SharedVision, shareable
+from foveate.evaluate.answer import answer, load
+from foveate.evaluate.data import load as data
+from foveate.evaluate.runner import Runner
+from foveate.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,14 @@ def test_who_may_share(vlm):
         (foveate.FastV(keep=4), True),
         (foveate.Random(4), True),
     ]:
-        with foveate.apply(vlm.model, reducer):
-            assert shareable(reducer) is may, reducer
+        with foveate.apply(vlm.model, reducer) as session:
+            assert shareable(session.reducer) is may, reducer
     assert shareable(None)
 
 
 def test_answers_are_the_same_with_and_without(vlm, monkeypatch):
     samples = data("scenes", 8) + data("easy-vqa", 4)
-    contestants = [
-        Contestant(name, {}, 0.2) for name in ("averagepool", "visionzip", "sparsevlm", "downsample", "tome")
-    ]
+    recipes = [Recipe(name, {}, 0.2) for name in ("averagepool", "visionzip", "sparsevlm", "downsample", "tome")]
     passes = []
     tower = vlm.model.model.vision_tower
     inner = type(tower).forward
@@ -49,7 +47,7 @@ def test_answers_are_the_same_with_and_without(vlm, monkeypatch):
     monkeypatch.setattr(type(tower), "forward", counted)
     found, counts = [], []
     for share in (True, False):
-        runner = Runner(vlm, samples, ["exact"] * 12, contestants, batch_size=4, share_vision=share)
+        runner = Runner(vlm, samples, ["exact"] * 12, recipes, batch_size=4, share_vision=share)
         passes.clear()
         found.append([r for g in runner.groups for rs in runner.ask(runner.batch(g), range(6)) for r in rs])
         counts.append(len(passes) / len(runner.groups))

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.families.parts import resolve
-from ..reduction import Reducer
+from ...reduction import Reducer
+from ..families.parts import resolve
 
 __all__ = ["SharedVision", "shareable"]
 
 
 def shareable(reducer: Reducer | None) -> bool:
-    """Whether the tower does for this method, once applied, what it does for the full model, unseen."""
+    """Whether the tower does for a method what it does for the full model, unseen.
+
+    Args:
+        reducer: as bound by `apply` (`Session.reducer`); None is the full model.
+    """
     return reducer is None or not (reducer.vision_taps or getattr(reducer, "tower", None) is not None)
 
 
@@ -30,11 +34,15 @@ class SharedVision:
 
     While `serving`, it stands in front of the tower's own `forward`, below everything a session does, so features are
     still projected, laid out and recorded as always. Make a new one for each batch.
+
+    Attributes:
+        served: how often it answered for the tower.
     """
 
     def __init__(self, model: nn.Module):
         self.tower = resolve(model).vision
         self.seen: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+        self.served = 0
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -48,6 +56,7 @@ class SharedVision:
         def forward(*args: Any, **kwargs: Any) -> Any:
             for seen_args, seen_kwargs, output in self.seen:
                 if _same(seen_args, args) and _same(seen_kwargs, kwargs):
+                    self.served += 1
                     return copy.copy(output)  # models write their features into what the tower returned
             output = inner(*args, **kwargs)
             self.seen.append((args, kwargs, copy.copy(output)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .families.images import Piece, Prompt, Run, plan, runs_of
+from .families.images import LayoutInputs, Piece, Run, plan, runs_of
 
 if TYPE_CHECKING:
     from .families.parts import Anatomy
@@ -76,13 +76,13 @@ class Layout:
     Made by `build_layout`.
     """
 
-    def __init__(self, visual: Tensor, prompt: Prompt):
+    def __init__(self, visual: Tensor, prompt: LayoutInputs):
         self._visual, self._prompt = visual, prompt
 
     @cached_property
     def images(self) -> list[list[ImageLayout]]:
         """The images of each row of the batch, in the order of their slots."""
-        prompt, self._prompt = self._prompt.on_cpu(self._visual), Prompt()
+        prompt, self._prompt = self._prompt.on_cpu(self._visual), LayoutInputs()
         return _lay_out(prompt)
 
     @cached_property
@@ -116,11 +116,11 @@ def build_layout(anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> Layo
             scattered (only their lengths are used); `pixel_values`, used (shrunk) to find out how the tiles of
             InternVL and Aya Vision lie, which nothing else in the inputs says: without it their `box` is None.
     """
-    return Layout(visual, Prompt.of(anatomy, visual, info))
+    return Layout(visual, LayoutInputs.of(anatomy, visual, info))
 
 
 # ------------------------------------------------------------------------------------------ patches onto the slots
-def _lay_out(prompt: Prompt) -> list[list[ImageLayout]]:
+def _lay_out(prompt: LayoutInputs) -> list[list[ImageLayout]]:
     try:
         streams = plan(prompt)
         laid = [image for slots, images in streams for image in _fill(slots, images, prompt.rows)]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.families.parts import Anatomy, resolve
+from ..engine.families.tower import merge_side, tiles_of
 from ..engine.trace import TowerCall, Trace
 from ..reduction import UnsupportedError
 from .flops import exact_flops
@@ -126,7 +127,7 @@ def _images(anatomy: Anatomy, inputs: Mapping[str, Any]) -> _Images:
         for grid in torch.as_tensor(inputs[name]).tolist()
     ]
     if grids:
-        return _stream(config, grids)
+        return _stream(config, grids, merge_side(anatomy) or 1)
     if inputs.get("pixel_values_videos") is not None:
         raise UnsupportedError(f"{type(anatomy.model).__name__}: FLOPs of videos are known only for towers with a grid")
     height, width = inputs["pixel_values"].shape[-2:]
@@ -142,9 +143,8 @@ def _images(anatomy: Anatomy, inputs: Mapping[str, Any]) -> _Images:
     return _Images(count * per_image, blocks, blocks, features, count)
 
 
-def _stream(config: Any, grids: list[list[int]]) -> _Images:
+def _stream(config: Any, grids: list[list[int]], merge: int) -> _Images:
     """Qwen-VL, GLM-4V: each frame attends to itself; windows are squares of merged patches, cut at the edges."""
-    merge = config.spatial_merge_size
     frames = [(h, w) for t, h, w in grids for _ in range(t)]
     blocks = [h * w for h, w in frames]
     windows = blocks
@@ -171,13 +171,7 @@ def _tiles(anatomy: Anatomy, inputs: Mapping[str, Any]) -> int:
         return len(pixels)
     if not hasattr(anatomy.base, "pack_image_features"):
         return int((pixels != 0).flatten(2).any(2).sum())  # Idefics: empty images fill up the shorter rows
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
-    counts = torch.as_tensor(inputs.get("batch_num_images", [1] * len(sizes))).tolist()
-    cut = [count == 1 for count in counts for _ in range(count)]  # several images in a prompt are left whole
-    pinpoints, side = anatomy.config.image_grid_pinpoints, anatomy.vision_config.image_size
-    return sum(image_size_to_num_patches(size, pinpoints, side) if c else 1 for size, c in zip(sizes, cut))
+    return sum(tiles_of(anatomy, inputs))
 
 
 def _patches_per_token(anatomy: Anatomy, patches: int) -> int:

@@ -168,14 +168,14 @@ class DecoderSession(Session):
             call = self._call
             if call.encoding or not self._begin("features"):  # a video encoder that calls the image encoder
                 return get_features(*args, **kwargs)
-            for part in (self._vision, self._tower):
-                if part is not None:
-                    part.clear()
+            is_video = get_features.__name__ == "get_video_features"
             call.encoding = True
             try:
+                for part in (self._vision, self._tower):
+                    if part is not None:
+                        part.begin(is_video)
                 features = get_features(*args, **kwargs)
                 given = dict(zip(inspect.signature(get_features).parameters, args)) | kwargs
-                is_video = get_features.__name__ == "get_video_features"
                 call.features.update({name: value for name, value in given.items() if value is not None})
                 call.features["video_features" if is_video else "image_features"] = getattr(
                     features, "pooler_output", features

@@ -6,7 +6,6 @@ pieces (rectangles of patches); it raises whatever it likes if the inputs do not
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,11 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .tower import merge_side, pack, tiles_of
+
 if TYPE_CHECKING:
     from .parts import Anatomy
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 _PLACED_BY_PIXELS = ("internvl", "aya_vision")
+_OF_IMAGES = ("image_grid_thw", "pixel_values", "image_features")
+_OF_VIDEOS = ("video_grid_thw", "pixel_values_videos", "video_features")
 _MARKER = 8  # tokens at most for a line break, <fake> and the tag of a tile, which is one token or spelt out
 _THUMB = 16  # pixels per side to which tiles are shrunk to compare them with the thumbnail
 
@@ -64,7 +67,7 @@ Stream = tuple[list[tuple[int, int]], list[list[Piece]]]
 
 
 @dataclass(frozen=True)
-class Prompt:
+class LayoutInputs:
     """What a layout is worked out from. Holds no features and no full-size pixels, so it may outlive the pass."""
 
     anatomy: Any = None
@@ -74,7 +77,7 @@ class Prompt:
     thumbs: Tensor | None = None
 
     @classmethod
-    def of(cls, anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> Prompt:
+    def of(cls, anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> LayoutInputs:
         """Take what is needed out of `info`; no device sync."""
         names = (
             "input_ids",
@@ -85,12 +88,13 @@ class Prompt:
             "batch_num_images",
         )
         kept = {name: info[name] for name in names if info.get(name) is not None}
+        kept |= {name: True for name in (*_OF_IMAGES, *_OF_VIDEOS) if name not in kept and info.get(name) is not None}
         thumbs = None
         if getattr(anatomy.config, "model_type", "") in _PLACED_BY_PIXELS:
             thumbs = _shrink(info.get("pixel_values"))
         return cls(anatomy, visual, kept, _lengths(info.get("image_features")), thumbs)
 
-    def on_cpu(self, visual: Tensor) -> Prompt:
+    def on_cpu(self, visual: Tensor) -> LayoutInputs:
         """The same with all tensors on the CPU (the device syncs of a layout)."""
         info = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in self.info.items()}
         thumbs = None if self.thumbs is None else self.thumbs.cpu()
@@ -114,23 +118,34 @@ class Prompt:
 
     def of_prompt(self, name: str) -> Tensor | None:
         """A (B, S) tensor of the inputs, cut to the prompt; None if it is absent or of another shape."""
-        value = self.info.get(name)
-        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != self.rows:
-            return None
-        return value[:, : self.visual.shape[1]] if value.shape[1] >= self.visual.shape[1] else None
+        return _cut_to(self.visual, self.info.get(name))
 
-    def modality(self) -> tuple[Tensor, Tensor]:
-        """Slots of images and slots of videos, each (B, S) bool."""
-        types, ids = self.of_prompt("mm_token_type_ids"), self.of_prompt("input_ids")
-        video = getattr(self.config, "video_token_id", None)
-        if types is not None and bool((types[self.visual] > 0).all()):
-            is_video = types == 2
-        elif ids is not None and video is not None:
-            is_video = ids == video
-        else:
-            only_video = self.info.get("video_grid_thw") is not None and self.info.get("image_grid_thw") is None
-            is_video = torch.full_like(self.visual, only_video)
-        return self.visual & ~is_video, self.visual & is_video
+
+def modality(anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Slots of images and slots of videos, each (B, S) bool.
+
+    Args:
+        anatomy: of the model.
+        visual: (B, S) bool, slots of either.
+        info: what the model was called with.
+    """
+    types, ids = (_cut_to(visual, info.get(name)) for name in ("mm_token_type_ids", "input_ids"))
+    video = anatomy.video_token_id
+    if types is not None and bool((types[visual] > 0).all()):
+        is_video = types == 2
+    elif ids is not None and video is not None:
+        is_video = ids == video
+    else:
+        both = [any(info.get(name) is not None for name in names) for names in (_OF_IMAGES, _OF_VIDEOS)]
+        is_video = torch.full_like(visual, both == [False, True])
+    return visual & ~is_video, visual & is_video
+
+
+def _cut_to(visual: Tensor, value: Any) -> Tensor | None:
+    """A (B, S) tensor of the inputs, cut to the prompt; None if it is absent or of another shape."""
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != visual.shape[0]:
+        return None
+    return value[:, : visual.shape[1]].to(visual.device) if value.shape[1] >= visual.shape[1] else None
 
 
 def runs_of(mask: Tensor) -> list[Run]:
@@ -155,9 +170,11 @@ def _shrink(pixels: Any) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------------- planners
-def plan(prompt: Prompt) -> list[Stream]:
+def plan(prompt: LayoutInputs) -> list[Stream]:
     """The streams of visual slots and the images that fill them. Raises whatever, if the inputs do not add up."""
     kind = getattr(prompt.config, "model_type", "")
+    if prompt.anatomy.resampler is not None:
+        raise ValueError("visual tokens show no patches of their own")
     if kind in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[kind](prompt)
     if "image_grid_thw" in prompt.info or "video_grid_thw" in prompt.info:
@@ -169,7 +186,7 @@ def plan(prompt: Prompt) -> list[Stream]:
     return _squares(prompt)
 
 
-def _squares(prompt: Prompt) -> list[Stream]:
+def _squares(prompt: LayoutInputs) -> list[Stream]:
     """LLaVA, VipLLaVA, Gemma 3, PaliGemma: each image one square of a fixed number of patches.
 
     A crop of Gemma 3's pan-and-scan is an image of its own: nothing in the inputs says that it is a crop.
@@ -181,11 +198,11 @@ def _squares(prompt: Prompt) -> list[Stream]:
     return [(slots, [[Piece("base", _square(tokens))] for _ in range(_times(len(slots), tokens))])]
 
 
-def _grids(prompt: Prompt) -> list[Stream]:
+def _grids(prompt: LayoutInputs) -> list[Stream]:
     """Qwen-VL, GLM-4V: (t, h, w) per image or video, in patches of the tower; merge x merge of them make one slot."""
-    merge = prompt.vision_config.spatial_merge_size
+    merge = merge_side(prompt.anatomy) or 0
     streams = []
-    for slots, name in zip(prompt.modality(), ("image_grid_thw", "video_grid_thw")):
+    for slots, name in zip(modality(prompt.anatomy, prompt.visual, prompt.info), ("image_grid_thw", "video_grid_thw")):
         if bool(slots.any()):
             images: list[list[Piece]] = []
             for t, h, w in prompt.info[name].tolist():
@@ -195,71 +212,51 @@ def _grids(prompt: Prompt) -> list[Stream]:
     return streams
 
 
-def _native_sizes(prompt: Prompt) -> list[Stream]:
+def _native_sizes(prompt: LayoutInputs) -> list[Stream]:
     """Mistral 3, LLaVA with Pixtral: the image at its own size; [IMG_BREAK] tokens between the rows are text."""
     step = prompt.vision_config.patch_size * (getattr(prompt.config, "spatial_merge_size", None) or 1)
     sizes = torch.as_tensor(prompt.info["image_sizes"]).tolist()
     return [(prompt.slots(prompt.visual), [[Piece("base", (h // step, w // step))] for h, w in sizes])]
 
 
-def _anyres(prompt: Prompt) -> list[Stream]:
+def _anyres(prompt: LayoutInputs) -> list[Stream]:
     """LLaVA-NeXT, LLaVA-OneVision: base image, then the unpadded mosaic of its tiles, a newline slot after each line.
 
     The model's own packing is run on coordinates in place of features, so every rounding in it is the model's.
     """
-    image_slots, video_slots = prompt.modality()
+    image_slots, video_slots = modality(prompt.anatomy, prompt.visual, prompt.info)
     streams = []
     if bool(image_slots.any()):
-        patched = _patched(prompt)
-        sizes = torch.as_tensor(prompt.info["image_sizes"]).tolist()
-        streams.append((prompt.slots(image_slots), [_packed(prompt, tuple(s), p) for s, p in zip(sizes, patched)]))
+        sizes, tiles = torch.as_tensor(prompt.info["image_sizes"]).tolist(), tiles_of(prompt.anatomy, prompt.info)
+        streams.append((prompt.slots(image_slots), [_packed(prompt, size, n) for size, n in zip(sizes, tiles)]))
     if bool(video_slots.any()):
         streams.append((prompt.slots(video_slots), [_pooled_video(prompt, run) for run in runs_of(video_slots)]))
     return streams
 
 
-def _patched(prompt: Prompt) -> list[bool]:
-    """Which images are cut into tiles: LLaVA-OneVision leaves them whole if there are several in a prompt."""
-    counts = prompt.info.get("batch_num_images")
-    if counts is None:
-        return [True] * len(prompt.info["image_sizes"])
-    return [count == 1 for count in torch.as_tensor(counts).tolist() for _ in range(count)]
-
-
-def _packed(prompt: Prompt, size: tuple[int, int], patched: bool) -> list[Piece]:
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    base, config, side = prompt.anatomy.base, prompt.config, _tower_side(prompt)
-    tiles = 1
-    if patched:
-        tiles = image_size_to_num_patches(list(size), config.image_grid_pinpoints, prompt.vision_config.image_size)
-    options: dict[str, Any] = {"image_newline": torch.full((1,), -1.0)}
-    accepted = inspect.signature(base.pack_image_features).parameters
-    if "vision_feature_select_strategy" in accepted:
-        options["vision_feature_select_strategy"] = "full"  # only asked for a warning
-    if "vision_aspect_ratio" in accepted:
-        options["vision_aspect_ratio"] = config.vision_aspect_ratio
-    packed, _ = base.pack_image_features([torch.zeros(tiles, side * side, 1)], [list(size)], **options)
-    ends = (packed[0][side * side :, 0] < 0).nonzero().flatten().tolist()
+def _packed(prompt: LayoutInputs, size: list[int], tiles: int) -> list[Piece]:
+    side = _tower_side(prompt)
+    (packed,) = pack(prompt.anatomy, [torch.zeros(tiles, side * side, 1)], [size])
+    ends = (packed[side * side :] < 0).nonzero().flatten().tolist()
     whole = Piece("base", (side, side))
     if tiles == 1:
         return [whole, *[NEWLINE] * len(ends)]
     return [whole, Piece("tile", (len(ends), ends[0]), WHOLE, newlines=1)]
 
 
-def _pooled_video(prompt: Prompt, run: Run) -> list[Piece]:
+def _pooled_video(prompt: LayoutInputs, run: Run) -> list[Piece]:
     """LLaVA-OneVision: frames pooled 2 x 2, one newline slot at the end."""
     side = -(-_tower_side(prompt) // 2)
     return [Piece("frame", (side, side))] * _times(run.length - 1, side * side) + [NEWLINE]
 
 
-def _tiles_in_a_run(prompt: Prompt) -> list[Stream]:
+def _tiles_in_a_run(prompt: LayoutInputs) -> list[Stream]:
     """InternVL: the tiles of an image without anything between them, the thumbnail last."""
     tokens = prompt.lengths[0] if prompt.lengths else prompt.config.image_seq_length
     return _tiled(prompt, [[run] for run in runs_of(prompt.visual)], tokens)
 
 
-def _tiles_one_apart(prompt: Prompt) -> list[Stream]:
+def _tiles_one_apart(prompt: LayoutInputs) -> list[Stream]:
     """Aya Vision: one marker token before each tile, the thumbnail last; two more tokens between images."""
     tokens = prompt.lengths[0] if prompt.lengths else (_tower_side(prompt) // prompt.config.downsample_factor) ** 2
     images: list[list[Run]] = []
@@ -272,7 +269,7 @@ def _tiles_one_apart(prompt: Prompt) -> list[Stream]:
     return _tiled(prompt, images, tokens)
 
 
-def _tiled(prompt: Prompt, images: list[list[Run]], tokens: int) -> list[Stream]:
+def _tiled(prompt: LayoutInputs, images: list[list[Run]], tokens: int) -> list[Stream]:
     grid, pieces, first = _square(tokens), [], 0
     total = _times(int(prompt.visual.sum()), tokens)
     copies = total // len(prompt.thumbs) if prompt.thumbs is not None else 1
@@ -306,7 +303,7 @@ def _mosaic(thumbs: Tensor | None, first: int, count: int) -> tuple[int, int] | 
     return errors[0][1] if len(errors) == 1 or errors[0][0] < 0.8 * errors[1][0] else None
 
 
-def _marked_tiles(prompt: Prompt) -> list[Stream]:
+def _marked_tiles(prompt: LayoutInputs) -> list[Stream]:
     """Idefics 3, SmolVLM: `<fake><row_i_col_j>` before each tile, a line break after each row, the global image last.
 
     Every image ends with `<fake>`, which is therefore what follows the last run of a row.
@@ -343,7 +340,7 @@ def _marked_image(rows: list[list[Run]], tokens: int, grid: tuple[int, int]) -> 
     return [*(Piece("tile", grid, box) for box in boxes), Piece("thumbnail", grid)]
 
 
-_BY_MODEL_TYPE: dict[str, Callable[[Prompt], list[Stream]]] = {
+_BY_MODEL_TYPE: dict[str, Callable[[LayoutInputs], list[Stream]]] = {
     "internvl": _tiles_in_a_run,
     "aya_vision": _tiles_one_apart,
     "idefics3": _marked_tiles,
@@ -353,7 +350,7 @@ _BY_MODEL_TYPE: dict[str, Callable[[Prompt], list[Stream]]] = {
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
-def _tower_side(prompt: Prompt) -> int:
+def _tower_side(prompt: LayoutInputs) -> int:
     size, patch = prompt.vision_config.image_size, prompt.vision_config.patch_size
     size = size[0] if isinstance(size, list | tuple) else size
     patch = patch[0] if isinstance(patch, list | tuple) else patch

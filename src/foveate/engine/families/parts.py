@@ -7,7 +7,7 @@ Everything is found through the names that transformers 5 itself guarantees (`ge
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.generation import GenerationMixin
 
 from ...reduction import UnsupportedError
 from .support import check_decoder, check_model, no_placeholders, takes_images
+from .tower import resampler
 
 __all__ = ["Anatomy", "resolve"]
 
@@ -80,6 +81,18 @@ class Anatomy:
             parameters = next((p for p in parameters.values() if isinstance(p, dict) and "rope_theta" in p), {})
         return float(parameters.get("rope_theta", 10000.0))
 
+    @property
+    def video_token_id(self) -> int | None:
+        """Placeholder id of videos, if they have one of their own."""
+        return next(
+            (v for v in (getattr(self.config, name, None) for name in _VIDEO_TOKEN_NAMES) if v is not None), None
+        )
+
+    @cached_property
+    def resampler(self) -> str | None:
+        """What mixes all patches of an image between tower and decoder; None: visual tokens are made of their own."""
+        return resampler(self)
+
     @cached_property
     def placeholders_by_id(self) -> bool:
         """Whether visual slots are found by their ids: the model does not say where it lays features, or too late."""
@@ -108,11 +121,32 @@ class Anatomy:
         """Configuration of the vision tower."""
         return self.config.vision_config
 
+    @cached_property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers of the tower whose outputs the model uses, counted from the end: (-2,) in LLaVA, (-1,) as a rule.
+
+        Raises:
+            UnsupportedError: the model uses the patch embeddings, or a layer that the tower does not have.
+        """
+        return self.counted_from_end(_feature_layers(self.config))
+
+    def counted_from_end(self, given: int | Sequence[int]) -> tuple[int, ...]:
+        """Layers of the tower that a `vision_feature_layer` of transformers means: an index into its hidden states."""
+        layers = [given] if isinstance(given, int) else list(given)
+        if all(layer == -1 for layer in layers):
+            return (-1,)
+        depth = len(self.vision_attention())
+        found = tuple(layer if layer < 0 else layer - depth - 1 for layer in layers)
+        if not all(-depth <= layer < 0 for layer in found):
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: vision_feature_layer={given} is no layer of its tower, which has {depth}"
+            )
+        return found
+
     @property
     def vision_layer(self) -> int:
-        """Layer of the tower whose output the model uses: -2 in LLaVA, -1 as a rule."""
-        layer = getattr(self.config, "vision_feature_layer", -1)
-        return layer if isinstance(layer, int) and layer < 0 else -1
+        """The deepest of `feature_layers`."""
+        return max(self.feature_layers)
 
     def vision_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters of the vision tower."""
@@ -178,6 +212,15 @@ class Anatomy:
         table = self.model.get_input_embeddings().weight
         found = [(inputs_embeds == table[i].to(inputs_embeds)).all(-1) for i in self.image_token_ids]
         return torch.stack(found).any(0) if found else None
+
+
+def _feature_layers(config: Any) -> int | Sequence[int]:
+    for owner in (config, getattr(config, "adapter_config", None)):  # Molmo 2
+        for name in ("vision_feature_layer", "vision_feature_layers"):
+            value = getattr(owner, name, None)
+            if value is not None:
+                return value
+    return -1
 
 
 def _placeholder_ids(config: Any) -> Iterator[int]:

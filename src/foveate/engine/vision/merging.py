@@ -23,10 +23,11 @@ from ...ops.bipartite import Merging
 from ...reduction import UnsupportedError
 from ..decoder.taps import in_backward, tap_attention
 from ..families.parts import Anatomy
+from ..families.tower import square_plan
 from ..stopwatch import deciding
 from ..trace import TowerCall
 from ..undo import Shared, Undo
-from .reader import _lay, _square_plan
+from .reader import _lay
 
 __all__ = ["MergeSpec", "ShrinkSpec", "TowerReduction"]
 
@@ -172,6 +173,14 @@ class TowerReduction(Shared):
     def calls(self) -> list[TowerCall]:
         """Per call of the tower, how many tokens its layers computed."""
         return self._now.calls
+
+    def begin(self, video: bool) -> None:
+        """Images, or videos, are about to be encoded."""
+        if video:
+            raise UnsupportedError(
+                "merging inside the vision tower is for images, not for videos; merge after it (where='output')"
+            )
+        self.clear()
 
     def clear(self) -> None:
         """Forget what merged in this thread: new images are about to be encoded, or the call is over."""
@@ -358,7 +367,7 @@ class TowerReduction(Shared):
         place = torch.cat(self.maps)
         labels = place + torch.arange(len(place), device=place.device)[:, None] * place.shape[1] + 1
         labels = labels[:, int(self.class_token) :]
-        plan = _square_plan(anatomy, labels.shape[0], labels.shape[1], info)
+        plan = square_plan(anatomy, labels.shape[0], labels.shape[1], info)
         merged = plan.merge(labels[..., None].double())
         if len(merged) != labels.numel():
             raise UnsupportedError(

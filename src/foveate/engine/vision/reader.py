@@ -1,15 +1,11 @@
-"""Reading the vision tower, and which of its patches became which visual token of the prompt.
+"""Reading the vision tower: what a method asks to see of it, laid out by the visual slots of the prompt.
 
-A tower sees patches: in a batch of equal squares (CLIP, SigLIP, InternVL), or in one stream over all images (Qwen-VL,
-Pixtral), there possibly sorted by windows. A model may then merge several patches into one token, and may unpad and
-pack the tiles of an image. `VisionReader` undoes all of it, so that a method finds its scores by prompt slot.
+Which patches a visual token is made of is known to `families.tower`.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...ops.attention import attention_received, attention_rows
 from ...reduction import Patches, UnsupportedError, VisionSpec
 from ..decoder.taps import tap_attention
+from ..families.images import modality
 from ..families.parts import Anatomy
+from ..families.tower import TowerPlan, check_feature_layer, check_traceable, is_stream, plan_tower
 from ..stopwatch import deciding
 from ..undo import Shared, Undo
 
@@ -61,6 +60,7 @@ class VisionReader(Shared):
     def install(self, undo: Undo) -> None:
         """Put the taps and hooks in, until `undo` is closed."""
         modules = self.anatomy.vision_attention()
+        check_traceable(self.anatomy)
         for layer, spec in self.specs.items():
             if not -len(modules) <= layer < len(modules):
                 raise UnsupportedError(f"vision layer {layer} does not exist, the tower has {len(modules)} layers")
@@ -75,18 +75,25 @@ class VisionReader(Shared):
                 undo.hook(self.anatomy.parent(attention), functools.partial(self._leaving, layer))
 
     def clear(self) -> None:
-        """Forget what this thread has read: new images are about to be encoded, or the call is over."""
-        self._local.readings = {}
+        """Forget what this thread has read: the call is over."""
+        self._local.video, self._local.readings = False, {}
 
     @property
-    def _readings(self) -> dict[int, _Reading]:
+    def _readings(self) -> dict[tuple[bool, int], _Reading]:
+        """Of this thread, by (whether videos were encoded, layer)."""
         if not hasattr(self._local, "readings"):
             self.clear()
         return self._local.readings
 
+    def begin(self, video: bool) -> None:
+        """Images, or videos, are about to be encoded: forget earlier ones."""
+        kept = {key: reading for key, reading in self._readings.items() if key[0] != video}
+        self._local.video, self._local.readings = video, kept
+
     # ------------------------------------------------------------------------------------------------ listening
     def _reading(self, layer: int) -> _Reading:
-        return self._readings.setdefault(layer, _Reading())
+        readings = self._readings
+        return readings.setdefault((self._local.video, layer), _Reading())
 
     @deciding
     def _attending(
@@ -137,27 +144,22 @@ class VisionReader(Shared):
         """
         if not self._readings:
             return {}
-        grids = info.get("image_grid_thw") if info.get("image_grid_thw") is not None else info.get("video_grid_thw")
-        stream = grids is not None or self._is_pixtral
-        out = {}
-        for layer, reading in self._readings.items():
+        check_feature_layer(self.anatomy, info)
+        kinds = sorted({video for video, _ in self._readings})
+        slots = dict(zip((False, True), modality(self.anatomy, visual, info))) if len(kinds) > 1 else {kinds[0]: visual}
+        out: dict[int, list[Patches]] = {}
+        for (video, layer), reading in self._readings.items():
+            if len(kinds) > 1 and not bool(slots[video].any()):
+                continue  # of an earlier prompt
+            stream = is_stream(self.anatomy, info, video)
             parts = reading.joined(stream)
             cls = {name: value[:, 0] for name, value in parts.items()} if self.has_cls and not stream else {}
             if cls:
                 parts = {name: value[:, 1:] for name, value in parts.items()}
             blocks, tokens = next(iter(parts.values())).shape[:2]
-            if grids is not None:
-                plan = _stream_plan(self.anatomy, grids)
-            elif stream:
-                plan = _pixtral_plan(self.anatomy, info["image_sizes"])
-            else:
-                plan = _square_plan(self.anatomy, blocks, tokens, info)
-            out[layer] = _lay(plan, parts, cls, visual)
-        return out
-
-    @property
-    def _is_pixtral(self) -> bool:
-        return getattr(getattr(self.anatomy.vision, "config", None), "model_type", "") == "pixtral"
+            plan = plan_tower(self.anatomy, blocks, tokens, info, video)
+            out.setdefault(layer, []).append(_lay(plan, parts, cls, slots[video]))
+        return {layer: _joined(found) for layer, found in out.items()}
 
     def projector(self, patches: dict[int, Patches], hidden: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The model's projector on single features, if a visual token is the projection of one patch; else None.
@@ -185,27 +187,7 @@ class VisionReader(Shared):
         return self._project
 
 
-@dataclass
-class _Plan:
-    """How tokens of the tower become visual tokens.
-
-    Attributes:
-        merge: (I, N, ...) in the order of the tower -> (T, ...), one row per visual token (means over its patches).
-        index: (blocks, n) long, row of T of each token of a block, -1 for padding.
-        feature: (T,) long, place of each token among the features that fill the slots, -1 if it was left out; None if
-            they are in order.
-        features: number of features that fill the slots.
-        grid: (blocks, 2) long.
-    """
-
-    merge: Callable[[Tensor], Tensor]
-    index: Tensor
-    feature: Tensor | None
-    features: int
-    grid: Tensor
-
-
-def _lay(plan: _Plan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: Tensor) -> Patches:
+def _lay(plan: TowerPlan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: Tensor) -> Patches:
     device = visual.device
     index = plan.index.to(device)
     filled = visual.sum().item()
@@ -238,102 +220,26 @@ def _lay(plan: _Plan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: 
     return Patches(torch.cat(rows), torch.cat(slots), plan.grid.to(device).repeat(copies, 1), **values, **extra)
 
 
-def _grouped(part: Tensor, height: int, width: int, step: int) -> Tensor:
-    """Mean over step x step neighbours of row-major grids: (I, height * width, ...) -> (I * h * w / step^2, ...)."""
-    if step == 1:
-        return part.reshape(-1, *part.shape[2:])
-    part = part.reshape(part.shape[0], height // step, step, width // step, step, *part.shape[2:])
-    return part.mean((2, 4)).flatten(0, 2)
+def _joined(found: list[Patches]) -> Patches:
+    """Images and videos of one layer as one: blocks one after the other, the shorter ones padded."""
+    if len(found) == 1:
+        return found[0]
+    longest = max(part.slots.shape[1] for part in found)
 
+    def padded(name: str, axis: int, value: float) -> Tensor | None:
+        parts = [getattr(part, name) for part in found]
+        if any(part is None for part in parts):
+            return None
+        missing = [(0, 0) * (part.dim() - 1 - axis) + (0, longest - part.shape[axis]) for part in parts]
+        return torch.cat([pad(part, room, value=value) for part, room in zip(parts, missing)])
 
-def _square_plan(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any]) -> _Plan:
-    """Blocks of equal squares, possibly pooled (InternVL, Idefics, Gemma 3) or packed (LLaVA-NeXT)."""
-    if hasattr(anatomy.base, "pack_image_features"):
-        return _packed_plan(anatomy, blocks, tokens, info)
-    # Idefics hands over one tensor for each row, all its images and tiles in it: count them all.
-    features = info.get("image_features")
-    lengths = [] if features is None else [part.shape[:-1].numel() for part in features]
-    per_block = sum(lengths) // blocks if lengths and sum(lengths) % blocks == 0 else tokens
-    side = math.isqrt(tokens)
-    step = math.isqrt(tokens // per_block) if per_block else 0
-    if side * side != tokens or not step or step * step * per_block != tokens or side % step:
-        raise UnsupportedError(f"{tokens} patches became {per_block} visual tokens in a way that cannot be followed")
-    index = torch.arange(blocks * per_block).view(blocks, per_block)
-    grid = torch.full((blocks, 2), side // step)
-    return _Plan(lambda x: _grouped(x, side, side, step), index, None, blocks * per_block, grid)
+    def whole(name: str) -> Any:
+        parts = [getattr(part, name) for part in found]
+        return None if parts[0] is None else torch.cat(parts)
 
-
-def _packed_plan(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any]) -> _Plan:
-    """LLaVA-NeXT, LLaVA-OneVision: the model's own packing is run on the numbers of the patches."""
-    packed = _pack_numbers(anatomy, blocks, tokens, info)
-    if bool((packed != packed.round()).any()):
-        raise UnsupportedError("the tiles of an image were resized after the tower; lower the image's resolution")
-    feature = torch.full((blocks * tokens,), -1)
-    shown = packed >= 0
-    feature[packed[shown].long()] = shown.nonzero()[:, 0]
-    side = math.isqrt(tokens)
-    index = torch.arange(blocks * tokens).view(blocks, tokens)
-    return _Plan(lambda x: x.reshape(-1, *x.shape[2:]), index, feature, len(packed), torch.full((blocks, 2), side))
-
-
-def _pack_numbers(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any]) -> Tensor:
-    """Number of the patch that each visual feature shows, (features,) float; -1 for newlines."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    sizes, config = torch.as_tensor(info["image_sizes"]).tolist(), anatomy.config
-    counts = torch.as_tensor(info.get("batch_num_images", [1] * len(sizes))).tolist()
-    cut = [count == 1 for count in counts for _ in range(count)]  # several images in a prompt are left whole
-    pinpoints, side = config.image_grid_pinpoints, anatomy.vision_config.image_size
-    tiles = [image_size_to_num_patches(s, pinpoints, side) if c else 1 for s, c in zip(sizes, cut)]
-    if sum(tiles) != blocks:
-        raise UnsupportedError(f"{blocks} tiles were encoded, but the image sizes ask for {sum(tiles)}")
-    numbers = torch.arange(blocks * tokens, dtype=torch.double).view(blocks, tokens, 1)
-    options: dict[str, Any] = {"image_newline": torch.full((1,), -1.0, dtype=torch.double)}
-    accepted = inspect.signature(anatomy.base.pack_image_features).parameters
-    if "vision_feature_select_strategy" in accepted:
-        options["vision_feature_select_strategy"] = "full"  # only asked for a warning
-    if "vision_aspect_ratio" in accepted:
-        options["vision_aspect_ratio"] = config.vision_aspect_ratio
-    packed, _ = anatomy.base.pack_image_features(list(numbers.split(tiles)), sizes, **options)
-    return torch.cat([part.reshape(-1) for part in packed])
-
-
-def _stream_plan(anatomy: Anatomy, grids: Tensor) -> _Plan:
-    """Qwen-VL, GLM-4V: merge x merge neighbours follow each other in the stream; windows are sorted back."""
-    config = anatomy.vision_config
-    merge = config.spatial_merge_size
-    order = None
-    if getattr(config, "window_size", None) and getattr(config, "fullatt_block_indexes", None) is not None:
-        from transformers.vision_utils import get_vision_window_index
-
-        windows, _ = get_vision_window_index(grids, merge, config.window_size, config.patch_size)
-        order = torch.argsort(windows)
-    sizes = [(h // merge, w // merge) for t, h, w in grids.tolist() for _ in range(t)]
-    index = _blocks([h * w for h, w in sizes])
-
-    def join(part: Tensor) -> Tensor:
-        part = part[0].reshape(-1, merge * merge, *part.shape[2:]).mean(1)
-        return part if order is None else part[order.to(part.device)]
-
-    return _Plan(join, index, None, sum(h * w for h, w in sizes), torch.tensor(sizes))
-
-
-def _pixtral_plan(anatomy: Anatomy, image_sizes: Tensor) -> _Plan:
-    """Pixtral: images row by row, one after the other, at their own size."""
-    step = getattr(anatomy.config, "spatial_merge_size", None) or 1
-    patch = anatomy.vision_config.patch_size
-    sizes = [(h // patch, w // patch) for h, w in torch.as_tensor(image_sizes).tolist()]
-
-    def join(part: Tensor) -> Tensor:
-        images = part[0].split([h * w for h, w in sizes])
-        return torch.cat([_grouped(image[None], h, w, step) for image, (h, w) in zip(images, sizes)])
-
-    merged = [(h // step, w // step) for h, w in sizes]
-    return _Plan(join, _blocks([h * w for h, w in merged]), None, sum(h * w for h, w in merged), torch.tensor(merged))
-
-
-def _blocks(lengths: list[int]) -> Tensor:
-    """Rows of a concatenation as a padded index: (blocks, longest), -1 for padding."""
-    columns = torch.arange(max(lengths))
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    return torch.where(columns < torch.tensor(lengths)[:, None], starts[:, None] + columns, -1)
+    slots = padded("slots", 1, -1)
+    assert slots is not None
+    return Patches(
+        whole("rows"), slots, whole("grid"), padded("attention", 2, 0), padded("key", 1, 0), padded("query", 1, 0),
+        padded("features", 1, 0), whole("cls_key"), whole("cls_query"), whole("cls_features"),
+    )  # fmt: skip

@@ -1,0 +1,267 @@
+"""The tower's patches that a method reads for a visual slot are those the slot is made of, in every family.
+
+Checked by changing one patch where it leaves the layer that is read: the slots that change in the decoder's input are
+those whose reading changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from tests.families import (
+    DECODER,
+    FAMILIES,
+    IMAGE_TOKEN,
+    PINPOINTS,
+    QWEN_TOKENS,
+    TOWER,
+    VIDEO_TOKEN,
+    build,
+    inputs,
+    spread_weights,
+    token_types,
+)
+from torch import Tensor
+
+import foveate
+from foveate.engine.families.parts import Anatomy, resolve
+from foveate.reduction import Decision, Reducer, View, VisionSpec
+
+
+class _Probe(Reducer):
+    """Remembers, by slot, what was read and what entered the decoder."""
+
+    stages = (-1,)
+
+    def __init__(self, anatomy: Anatomy, seen: dict[str, Tensor]):
+        self.vision_taps = {anatomy.vision_layer: VisionSpec(attention=None, features=True)}
+        self.seen = seen
+
+    def decide(self, view: View) -> Decision:
+        (read,) = view.vision.values()
+        batch, length = view.visual.shape
+        weights = torch.randn(read.features.shape[-1], generator=torch.Generator().manual_seed(2))
+        self.seen["read"] = read.to_slots(read.features @ weights, batch, length)
+        self.seen["entered"] = view.hidden.detach().clone()
+        return Decision()
+
+
+@torch.no_grad()
+def _disagreements(model: Any, prompt: dict[str, Any], step: int = 3) -> tuple[list[str], int]:
+    """Patches whose slots and readings differ, and how many slots were changed in all."""
+    anatomy = resolve(model)
+    layer = anatomy.parent(anatomy.vision_attention()[anatomy.vision_layer])
+    changed: dict[str, int | None] = {"patch": None}
+    seen: dict[str, Tensor] = {}
+    calls: list[int] = []
+
+    def change(module: Any, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        first, flat = sum(calls), hidden.reshape(-1, hidden.shape[-1]).clone()
+        calls.append(len(flat))
+        if changed["patch"] is not None and 0 <= changed["patch"] - first < len(flat):
+            flat[changed["patch"] - first] += torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(1))
+        flat = flat.view(hidden.shape)
+        return (flat, *output[1:]) if isinstance(output, tuple) else flat
+
+    def look(patch: int | None) -> dict[str, Tensor]:
+        changed["patch"] = patch
+        calls.clear()
+        with foveate.apply(model, _Probe(anatomy, seen)):
+            model(**prompt)
+        return dict(seen)
+
+    handle = layer.register_forward_hook(change, prepend=True)  # before transformers records what leaves the layer
+    try:
+        before, wrong, found = look(None), [], 0
+        for patch in range(0, sum(calls), step):
+            after = look(patch)
+            made = (after["entered"] - before["entered"]).abs().amax(-1) > 1e-5
+            judged = (after["read"] - before["read"]).abs() > 1e-5
+            found += int(made.sum())
+            # A class token is a token, too: it changes no slot, and none may be read from it.
+            if not torch.equal(made, judged):
+                wrong.append(f"patch {patch} is in {made.nonzero().tolist()}, read for {judged.nonzero().tolist()}")
+    finally:
+        handle.remove()
+    return wrong, found
+
+
+def assert_slots_are_judged_by_their_patches(model: Any, prompt: dict[str, Any], step: int = 3) -> None:
+    wrong, found = _disagreements(model, prompt, step)
+    assert not wrong, f"{len(wrong)} patches, such as: {wrong[0]}"
+    assert found > 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str):
+    model = build(name)
+    assert_slots_are_judged_by_their_patches(model, inputs(name, model), step=5)
+
+
+def _noise(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _prompt(name: str, *ids: int, **pixels: Any) -> dict[str, Any]:
+    row = torch.tensor([[1, 5, 6, 7, *ids, 8, 9, 10]])
+    return {"input_ids": row, "attention_mask": torch.ones_like(row), **token_types(name, row), **pixels}
+
+
+def test_paddleocr_lays_patches_row_by_row():
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = hf.PaddleOCRVLConfig(
+        text_config={**DECODER, "head_dim": 16, "rope_parameters": rope},
+        vision_config={**TOWER, "image_size": 64, "patch_size": 8},
+        **QWEN_TOKENS,
+    )
+    model = spread_weights(hf.PaddleOCRVLForConditionalGeneration(config))
+    pixels = {"pixel_values": _noise(48, 3, 8, 8), "image_grid_thw": torch.tensor([[1, 8, 6]])}
+    assert_slots_are_judged_by_their_patches(model, _prompt("qwen2_vl", *[IMAGE_TOKEN] * 12, **pixels))
+
+
+def test_an_unknown_order_of_patches_is_refused():
+    model = build("qwen2_vl")
+    model.config.model_type = "some_vl"
+    refused = pytest.raises(foveate.UnsupportedError, match="in which order 'some_vl' models lay the patches")
+    with foveate.apply(model, foveate.VisionZip(keep=0.5)), refused:
+        model(**inputs("qwen2_vl", model))
+
+
+class TestVideos:
+    def test_llava_onevision_pools_frames_and_adds_a_newline(self):
+        model = build("llava_onevision")
+        prompt = _prompt("llava_onevision", *[VIDEO_TOKEN] * 17, pixel_values_videos=_noise(1, 4, 3, 32, 32))
+        assert_slots_are_judged_by_their_patches(model, prompt)
+
+    def test_llava_onevision_with_an_odd_number_of_patches_a_side(self):
+        config = build("llava_onevision").config
+        config.vision_config.image_size = 40  # 5 x 5 patches become 3 x 3, each of its neighbours' too
+        model = spread_weights(hf.LlavaOnevisionForConditionalGeneration(config))
+        prompt = _prompt("llava_onevision", *[VIDEO_TOKEN] * 19, pixel_values_videos=_noise(1, 2, 3, 40, 40))
+        assert_slots_are_judged_by_their_patches(model, prompt)
+
+    def test_llava_next_video_pools_frames(self):
+        config = hf.LlavaNextVideoConfig(
+            vision_config=build("llava").config.vision_config,
+            text_config=hf.LlamaConfig(**DECODER),
+            image_token_index=IMAGE_TOKEN,
+            video_token_index=VIDEO_TOKEN,
+            image_grid_pinpoints=PINPOINTS,
+        )
+        model = spread_weights(hf.LlavaNextVideoForConditionalGeneration(config))
+        prompt = _prompt("llava_next", *[VIDEO_TOKEN] * 16, pixel_values_videos=_noise(1, 4, 3, 32, 32))
+        assert_slots_are_judged_by_their_patches(model, prompt)
+
+    @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+    def test_an_image_and_a_video_in_one_prompt(self, name: str):
+        prompt = _prompt(
+            name, *[IMAGE_TOKEN] * 12, 11, *[VIDEO_TOKEN] * 32,
+            pixel_values=_noise(48, 384), image_grid_thw=torch.tensor([[1, 8, 6]]),
+            pixel_values_videos=_noise(128, 384, seed=4), video_grid_thw=torch.tensor([[2, 8, 8]]),
+        )  # fmt: skip
+        assert_slots_are_judged_by_their_patches(build(name), prompt, step=11)
+
+    def test_images_beside_videos_of_another_size(self):
+        prompt = _prompt(
+            "llava_onevision", *[IMAGE_TOKEN] * 72, 11, *[VIDEO_TOKEN] * 17,
+            pixel_values=_noise(1, 5, 3, 32, 32), image_sizes=torch.tensor([[60, 50]]),
+            batch_num_images=torch.tensor([1]), pixel_values_videos=_noise(1, 4, 3, 32, 32, seed=4),
+        )  # fmt: skip
+        assert_slots_are_judged_by_their_patches(build("llava_onevision"), prompt, step=5)
+
+    @torch.no_grad()
+    def test_earlier_videos_are_forgotten(self):
+        model = build("qwen2_vl")
+        image = _prompt(
+            "qwen2_vl", *[IMAGE_TOKEN] * 12, pixel_values=_noise(48, 384), image_grid_thw=torch.tensor([[1, 8, 6]])
+        )
+        video = _prompt(
+            "qwen2_vl", *[VIDEO_TOKEN] * 32,
+            pixel_values_videos=_noise(128, 384), video_grid_thw=torch.tensor([[2, 8, 8]]),
+        )  # fmt: skip
+        with foveate.apply(model, foveate.VisionZip(keep=0.5)) as session:
+            expected = model(**image).logits
+            model(**video)
+            assert int(session.trace.visual_tokens[0, 0]) == 16
+            assert torch.equal(model(**image).logits, expected)
+
+    @torch.no_grad()
+    def test_merging_in_the_tower_is_refused_for_videos(self):
+        model = build("llava_onevision")
+        prompt = _prompt("llava_onevision", *[VIDEO_TOKEN] * 17, pixel_values_videos=_noise(1, 4, 3, 32, 32))
+        refused = pytest.raises(foveate.UnsupportedError, match="not for videos")
+        with foveate.apply(model, foveate.ToMe(keep=0.5)), refused:
+            model(**prompt)
+
+
+class TestResampledTokens:
+    def idefics2(self) -> Any:
+        perceiver = {"hidden_size": 64, "resampler_n_latents": 16, "resampler_depth": 1, "resampler_n_heads": 4}
+        config = hf.Idefics2Config(
+            text_config=hf.MistralConfig(**DECODER, head_dim=16),
+            vision_config={**TOWER, "image_size": 64, "patch_size": 8},
+            image_token_id=IMAGE_TOKEN,
+            perceiver_config={**perceiver, "resampler_head_dim": 16, "num_key_value_heads": 2},
+        )
+        return spread_weights(hf.Idefics2ForConditionalGeneration(config))
+
+    def test_methods_that_choose_by_patches_are_refused_at_apply(self):
+        model = self.idefics2()
+        for name in ("visionzip", "fopru", "recoverable"):
+            with pytest.raises(foveate.UnsupportedError, match="Idefics2PerceiverAttention"):
+                foveate.apply(model, foveate.build(name, keep=0.5))
+
+    @torch.no_grad()
+    def test_other_methods_work_and_claim_no_place_in_the_image(self):
+        model = self.idefics2()
+        prompt = _prompt("idefics2", *[IMAGE_TOKEN] * 16, pixel_values=_noise(1, 1, 3, 64, 64))
+        with foveate.apply(model, foveate.FastV(keep=4, layer=1)) as session:
+            model(**prompt)
+        assert session.trace.visual_tokens[0, -1] == 4
+        assert not session.trace.layout.known
+
+
+class TestFeatureLayers:
+    """`vision_feature_layer` is an index into the hidden states: 0 is the embeddings, -1 the last layer's output."""
+
+    def llava(self, layer: int | list[int]) -> Any:
+        config = build("llava").config
+        config.vision_feature_layer = layer
+        return spread_weights(hf.LlavaForConditionalGeneration(config))
+
+    @pytest.mark.parametrize(
+        ("layer", "last"), [(-2, -2), (3, -2), (4, -1), (1, -4), ([-4, -2], -2), ([1, 3], -2), ([4, -3], -1)]
+    )
+    def test_the_layer_that_is_read_is_the_deepest_that_is_used(self, layer: int | list[int], last: int):
+        model = self.llava(layer)
+        assert resolve(model).vision_layer == last
+        prompt = _prompt("llava", *[IMAGE_TOKEN] * 16, pixel_values=_noise(1, 3, 32, 32))
+        assert_slots_are_judged_by_their_patches(model, prompt)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("method", ["tome", "visionzip", "fopru", "recoverable", "prumerge"])
+    def test_positive_and_negative_layers_are_one(self, method: str):
+        prompt = _prompt("llava", *[IMAGE_TOKEN] * 16, pixel_values=_noise(1, 3, 32, 32))
+        logits = []
+        for layer in (-2, 3):
+            with foveate.apply(self.llava(layer), foveate.build(method, keep=0.5)) as session:
+                logits.append(session.anatomy.model(**prompt).logits)
+        assert torch.equal(*logits)
+
+    @pytest.mark.parametrize("layer", [0, 5, -5, [-2, 0]])
+    def test_layers_outside_the_tower_are_refused(self, layer: int | list[int]):
+        with pytest.raises(foveate.UnsupportedError, match="vision_feature_layer"):
+            foveate.apply(self.llava(layer), foveate.VisionZip(keep=0.5))
+
+    @torch.no_grad()
+    def test_a_call_that_asks_for_another_layer_is_refused(self):
+        model = self.llava(-2)
+        prompt = _prompt("llava", *[IMAGE_TOKEN] * 16, pixel_values=_noise(1, 3, 32, 32))
+        with foveate.apply(model, foveate.VisionZip(keep=0.5)):
+            model(**prompt, vision_feature_layer=3)  # the same in other words
+            with pytest.raises(foveate.UnsupportedError, match="vision_feature_layer=-1"):
+                model(**prompt, vision_feature_layer=-1)

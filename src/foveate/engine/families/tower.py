@@ -26,17 +26,6 @@ __all__ = [
     "TowerPlan", "check_feature_layer", "check_traceable", "is_stream", "merge_side", "pack", "plan_tower", "resampler",
     "square_plan", "tiles_of",
 ]  # fmt: skip
-    "TowerPlan",
-    "check_feature_layer",
-    "check_traceable",
-    "is_stream",
-    "merge_side",
-    "pack",
-    "plan_tower",
-    "resampler",
-    "square_plan",
-    "tiles_of",
-]
 
 _ROW_MAJOR = {"kimi_k25", "muse_glimmer", "muse_spark", "paddleocr_vl"}
 """Streams in which an image's patches lie row by row."""

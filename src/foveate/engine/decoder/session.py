@@ -211,6 +211,8 @@ class DecoderSession(Session):
         unseen = self.given is None and self.anatomy.placeholders_by_id
         if unseen and carries_images(kwargs):
             call.placeholders = self.anatomy.find_placeholders(ids, kwargs.get("inputs_embeds"))
+            # Phi-4-multimodal is handed the prompt's pixels at every step.
+            call.reduced = call.placeholders is not None and not bool(call.placeholders.any())
 
     def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._closed:

@@ -30,6 +30,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
 
 VISUAL, TEXT, PREFIX = 576, 64, 20
 LENGTH = VISUAL + TEXT
@@ -101,7 +102,7 @@ def hand_loop(model: LlamaForCausalLM, embeds: torch.Tensor, lengths: list[int])
         if length != hidden.shape[1]:
             index = torch.arange(length)  # a gather, as any selection needs
             hidden, rope = hidden.index_select(1, index), tuple(part.index_select(1, index) for part in rope)
-        hidden = layer(hidden, position_embeddings=rope, past_key_values=cache, use_cache=True)
+        hidden = layer(hidden, position_embeddings=rope, use_cache=True, **{CACHE_NAME: cache})
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     return model.lm_head(decoder.norm(hidden)[:, -1:])
 
@@ -158,12 +159,12 @@ def measure_decode(
     """Per-token decode: hooks with nothing removed against the unpatched model; 64 kept against a short prompt."""
 
     def decode(inputs: torch.Tensor, steps: int = 8) -> float:
-        cache = model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = returned_cache(model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1))
         token = torch.zeros(1, 1, dtype=torch.long)
 
         def run() -> None:
             for _ in range(steps):
-                model(input_ids=token, past_key_values=cache, use_cache=True)
+                model(input_ids=token, use_cache=True, **{CACHE_NAME: cache})
 
         return cpu_seconds(run) / steps
 

@@ -15,6 +15,7 @@ from tests.reference.plans import Fixed, KeepAll, TopOfLast, Watch, draw_removed
 from torch.nn.functional import pad
 
 import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
 from foveate.reduction import TapSpec
 
 LENGTH, VISUAL = 600, slice(20, 580)
@@ -93,9 +94,9 @@ def test_the_cache_stays_small_while_decoding():
         output = _decoder().generate(
             **_prompt(), max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True
         )
-    lengths = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[-2] for layer in returned_cache(output).layers]
     assert lengths == [n + 5 for n in (600, 340, 340, 140, 140, 40)]
-    assert output.past_key_values.get_seq_length() == LENGTH + 5, "the logical length"
+    assert returned_cache(output).get_seq_length() == LENGTH + 5, "the logical length"
 
 
 @pytest.mark.parametrize("reducer", [KeepAll(), Fixed(_removed()), TopOfLast(40)], ids=["keep all", "fixed", "last"])
@@ -129,9 +130,9 @@ def test_the_host_waits_once_per_stage_and_never_while_decoding(name: str, taps:
 
     def waits() -> tuple[Syncs, Syncs]:
         with Syncs() as prefill:
-            cache = model(**prompt, use_cache=True).past_key_values
+            cache = returned_cache(model(**prompt, use_cache=True))
         with Syncs() as step:
-            model(input_ids=prompt["input_ids"][:, -1:], **mask, past_key_values=cache)
+            model(input_ids=prompt["input_ids"][:, -1:], **mask, **{CACHE_NAME: cache})
         return prefill, step
 
     full = waits()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
 
 CASES = [
     pytest.param((name, impl), id=f"{name}-{impl}", marks=pytest.mark.xdist_group(name))
@@ -141,13 +142,13 @@ def test_second_turn_in_text_on_the_returned_cache(case: tuple[str, PreTrainedMo
 
     def two_turns() -> Tensor:
         first = generate(model, prompt, steps=5)
-        cache = first.past_key_values
+        cache = returned_cache(first)
         question = torch.randint(5, 140, (2, 6), generator=torch.Generator().manual_seed(1))
         ids = torch.cat([first.sequences, question], 1)
         mask = torch.cat([prompt["attention_mask"], torch.ones(2, ids.shape[1] - prompt["attention_mask"].shape[1])], 1)
         extra = {"image_grid_thw": prompt["image_grid_thw"]} if "image_grid_thw" in prompt else {}
         turn = {"input_ids": ids, "attention_mask": mask.long(), **_known_types(name, ids, prompt), **extra}
-        return greedy(model, {**turn, "past_key_values": cache}, steps=5)[1]
+        return greedy(model, {**turn, CACHE_NAME: cache}, steps=5)[1]
 
     with MaskedReference(model, removed):
         expected = two_turns()

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
 from foveate.reduction import Decision, Reducer, View
 
 NAMES = ["llava", "qwen3_vl", "gemma3_window", "idefics3", "mistral3"]
@@ -203,16 +204,16 @@ def test_a_cache_of_another_kind_is_refused(model: nn.Module):
     cache = DynamicCache()
     cache.layers = [Quantised() for _ in range(6)]
     with foveate.apply(model, _fixed(prompt)), pytest.raises(foveate.UnsupportedError, match="Quantised"):
-        model(**prompt, past_key_values=cache)
+        model(**prompt, **{CACHE_NAME: cache})
 
 
 @torch.no_grad()
 def test_a_reduced_cache_needs_its_session(model: nn.Module):
     prompt = _prompt(model)
     with foveate.apply(model, _fixed(prompt)):
-        cache = model(**prompt, use_cache=True).past_key_values
+        cache = returned_cache(model(**prompt, use_cache=True))
     with pytest.raises(RuntimeError, match="cache"):
-        model(input_ids=prompt["input_ids"][:, -1:], past_key_values=cache)
+        model(input_ids=prompt["input_ids"][:, -1:], **{CACHE_NAME: cache})
 
 
 def test_a_stage_beyond_the_depth_is_refused(model: nn.Module):

@@ -9,6 +9,7 @@ from tests.reference.checks import build_once
 from tests.reference.plans import Fixed, KeepAll, draw_removed
 
 import foveate
+from foveate.engine.compat import returned_cache
 from foveate.reduction import Decision, Reducer, View
 
 COUNTS = {0: [9, 11], 2: [6, 3], 4: [0, 0]}
@@ -20,7 +21,7 @@ def test_lengths_are_those_of_the_cache(name: str):
     model = build_once(name)
     prompt = inputs(name, model)
     with foveate.apply(model, Fixed(draw_removed(prompt["input_ids"], COUNTS))) as session:
-        cache = model(**prompt, use_cache=True).past_key_values
+        cache = returned_cache(model(**prompt, use_cache=True))
     assert session.trace.kv_lengths == [layer.keys.shape[-2] for layer in cache.layers]
     if name != "mistral3":  # its window cuts every layer to the same length
         assert session.trace.kv_lengths == sorted(session.trace.kv_lengths, reverse=True)

@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
 from foveate.reduction import TapSpec
 
 COUNTS = {-1: [8, 9], 1: [4, 7], 3: [2, 0]}
@@ -220,11 +221,11 @@ def test_a_second_turn_with_a_new_image(family: tuple[str, PreTrainedModel]):
 
     def talk(reducer: Any) -> tuple[Tensor, Tensor]:
         reducer.removed = removed
-        cache = model(**first, use_cache=True).past_key_values
+        cache = returned_cache(model(**first, use_cache=True))
         reducer.removed = again if isinstance(reducer, Watch) else both
-        second = model(**{**turn, "attention_mask": mask}, past_key_values=cache)
+        second = model(**{**turn, "attention_mask": mask, CACHE_NAME: cache})
         token = torch.full((2, 1), 12)
-        third = model(input_ids=token, attention_mask=pad(mask, (0, 1), value=1), past_key_values=cache)
+        third = model(input_ids=token, attention_mask=pad(mask, (0, 1), value=1), **{CACHE_NAME: cache})
         return second.logits, third.logits
 
     reference, reducer = MaskedReference(model, removed), Watch(removed, {3: TapSpec("last")})
@@ -257,8 +258,8 @@ def test_generating_about_an_image_in_a_second_turn(family: tuple[str, PreTraine
 
     def talk() -> Tensor:
         cache = DynamicCache(config=model.config.get_text_config())
-        model(input_ids=words, past_key_values=cache)
-        return greedy(model, {**asked, "past_key_values": cache}, steps=5)[1]
+        model(input_ids=words, **{CACHE_NAME: cache})
+        return greedy(model, {**asked, CACHE_NAME: cache}, steps=5)[1]
 
     with MaskedReference(model, {1: pad(removed[1], (first_words, 0))}):
         expected = talk()

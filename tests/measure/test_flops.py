@@ -10,6 +10,7 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
+from foveate.engine.compat import returned_cache
 from foveate.measure import (
     PAPER_FORMULA,
     PRESETS,
@@ -171,7 +172,7 @@ def test_kv_bytes_are_those_of_the_cache(name, reduced):
     visual[:, 4:24] = True
     session = foveate.apply(model, CutAt(0, 5), visual=visual) if reduced else None
     with torch.no_grad():
-        cache = model(inputs_embeds=torch.randn(1, 30, geometry.hidden_size)).past_key_values
+        cache = returned_cache(model(inputs_embeds=torch.randn(1, 30, geometry.hidden_size)))
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_bytes(geometry, session.trace if session else None, dtype_bytes=4) == found
     if session:

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 
 import foveate
+from foveate.engine.compat import returned_cache
 from foveate.engine.trace import Trace
 from foveate.measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from foveate.reduction import UnsupportedError
@@ -118,7 +119,7 @@ def test_kv_bytes_are_those_of_the_cache(name: str, reduced: bool):
     given = inputs(name, model)
     geometry = Geometry.from_config(model.config, 0, 0)
     with foveate.apply(model, KeepSome(1, 0.3, ragged=3) if reduced else foveate.Reducer()) as session:
-        cache = model(**given, use_cache=True).past_key_values
+        cache = returned_cache(model(**given, use_cache=True))
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_bytes(geometry, session.trace, dtype_bytes=4, fillers=True) == stored
     if reduced:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foveate.engine.compat import CACHE_NAME, returned_cache
+
 LOGIT_TOLERANCE = 1e-3
 
 
@@ -131,11 +133,11 @@ def answer(model: nn.Module, inputs_embeds: Tensor, steps: int) -> Answer:
     """Prefill and decode greedily without `generate`, as the golden files were made."""
     with observed(model) as passes:
         output = model(inputs_embeds=inputs_embeds, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[0]
+        cache, logits = returned_cache(output), output.logits[0]
         stored = [layer.keys.shape[-2] for layer in cache.layers]
         tokens, decoded = [int(logits[-1].argmax())], []
         for _ in range(steps):
-            output = model(input_ids=torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True)
+            output = model(input_ids=torch.tensor([[tokens[-1]]]), use_cache=True, **{CACHE_NAME: cache})
             decoded.append(output.logits[0, -1])
             tokens.append(int(decoded[-1].argmax()))
     return Answer(logits, tokens, torch.stack(decoded), stored, passes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
 from foveate.reduction import Reducer
 from tests import families
 from tests.reference.masked import MaskedReference
@@ -83,7 +84,7 @@ def greedy_by_hand(model: PreTrainedModel, prompt: Mapping[str, Any], steps: int
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         token = logits[-1].argmax(-1, keepdim=True)
         padding = {"attention_mask": mask} if takes_mask else {}
-        output = model(input_ids=token, **padding, past_key_values=output.past_key_values)
+        output = model(input_ids=token, **padding, **{CACHE_NAME: returned_cache(output)})
         logits.append(output.logits[:, -1])
     return torch.stack(logits, 1)
 
@@ -117,7 +118,7 @@ def assert_exact(
         expected_tokens, expected_steps = greedy(model, inputs)
     with foveate.apply(model, reducer or Fixed(removed)) as session:
         forward = model(**inputs, use_cache=True)
-        assert session.trace.kv_lengths == [layer.keys.shape[-2] for layer in forward.past_key_values.layers]
+        assert session.trace.kv_lengths == [layer.keys.shape[-2] for layer in returned_cache(forward).layers]
         output = generate(model, inputs)
     actual, steps = forward.logits, torch.stack(output.logits, 1)
     assert largest((expected - untouched)[kept]) >= 1e-2, "removal has no effect: the check would be vacuous"

@@ -31,5 +31,5 @@ def given_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def returned_cache(output: Any) -> Any:
     """The KV cache in what a model or `generate` returned; None without one."""
-    found = (getattr(output, name, None) for name in _CACHE_NAMES)
-    return next((cache for cache in found if cache is not None), None)
+    name = next((name for name in _CACHE_NAMES if hasattr(output, name)), None)  # the new name first: the old one warns
+    return None if name is None else getattr(output, name)

@@ -5,13 +5,27 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test browser lint types structure zoo bench clean
+.PHONY: demo test test-oldest test-newest smoke-versions browser lint types structure zoo bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
 
 test: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The engine under the oldest and the newest transformers that pyproject.toml allows. Their environments see all of
+# $(VENV) but transformers and what that one wants in another version, so that torch is never installed again.
+OLDEST = $(shell sed -n 's/.*"transformers>=\([^,]*\),<[^"]*".*/transformers==\1/p' pyproject.toml)
+NEWEST = $(shell sed -n 's/.*"transformers>=[^,]*,\(<[^"]*\)".*/transformers\1/p' pyproject.toml)
+SMOKE := tests/engine/test_compat.py tests/engine/test_usage.py
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	@.venv-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 tests/engine tests/reducers tests/test_goldens.py
+
+smoke-versions: .venv-oldest/.installed .venv-newest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(SMOKE)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 $(SMOKE)
 
 # Chromium comes from the system: Debian's, installed here when missing and one may.
 browser: $(VENV)/.browser-installed
@@ -38,10 +52,20 @@ bench: $(VENV)/.demo-installed
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
 
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest demo build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+.venv-oldest/.installed: TRANSFORMERS = $(OLDEST)
+.venv-newest/.installed: TRANSFORMERS = $(NEWEST)
+.venv-oldest/.installed .venv-newest/.installed: $(VENV)/.test-installed
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/_beneath.pth
+	$(BIN)/python -m pip --python $(@D)/bin/python -q --disable-pip-version-check install --no-compile --upgrade "$(TRANSFORMERS)"
+	@touch $@
 
 $(VENV)/.demo-installed: $(INPUTS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e ".[data]"

@@ -23,6 +23,7 @@ __all__ = [
     "TOLERANCE",
     "assert_exact",
     "build_once",
+    "checkpoint",
     "footprint",
     "generate",
     "greedy",
@@ -72,6 +73,11 @@ def greedy(
     """Tokens (B, S + steps) and logits (B, steps, V)."""
     output = generate(model, inputs, steps, **options)
     return output.sequences, torch.stack(output.logits, 1)
+
+
+def checkpoint(model: PreTrainedModel, **options: Any) -> None:
+    """`gradient_checkpointing_enable`, which 5.24 calls `activation_checkpointing_enable`."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(**options)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..reduction import OptionError, Reducer
+from .compat import check_version
 from .cross_modal.session import EncoderMethod, EncoderSession
 from .decoder.session import DecoderSession
 from .session import Session
@@ -34,9 +35,11 @@ def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -
         Downsample in ViT, CLIP, SigLIP).
 
     Raises:
-        UnsupportedError: the model has no images to reduce, has a session already, or cannot do what the method asks.
+        UnsupportedError: the model has no images to reduce, has a session already, or cannot do what the method asks;
+            transformers is older than the versions that Foveate is tested with (a newer one is a warning).
         OptionError: the method asks for a layer that the model does not have.
     """
+    check_version()
     if isinstance(reducer, EncoderMethod):
         if visual is not None:
             raise OptionError("visual= is for decoders; this method works inside encoders")

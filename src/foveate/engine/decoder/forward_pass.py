@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, UnsupportedError, View
-from ..compat import given_cache
+from ..compat import check_arguments, given_cache
 from ..families.parts import Anatomy
 from ..layout import Layout
 from ..stopwatch import deciding
@@ -212,6 +212,7 @@ class ForwardPass:
     def _take_others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.active is not None
         done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
+        check_arguments(kwargs, self.rows, self.length, done)
         taken = {name: value if name in done else self._take(value) for name, value in kwargs.items()}
         if taken.get("position_ids") is not None:
             # RoPE is in position_embeddings already; FlashAttention would read gaps in the ids as packed sequences.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError, bind
-from ..compat import given_cache
+from ..compat import active_collector, check_checkpointing, given_cache
 from ..families.parts import Anatomy, resolve
 from ..layout import build_layout
 from ..session import Session
@@ -25,11 +25,6 @@ from .cache import LogicalLayer, check_cache
 from .call import Call, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
 from .forward_pass import ForwardPass
 from .taps import tap_attention
-
-try:  # private: asked only what somebody collects in this call
-    from transformers.utils.output_capturing import _active_collector as _collector
-except ImportError:  # pragma: no cover
-    _collector: Any = None  # type: ignore[no-redef]
 
 __all__ = ["DecoderSession"]
 
@@ -248,6 +243,7 @@ class DecoderSession(Session):
             self._text_called(cache, rows, length, past, inputs.device)
             return
         check_cache(cache)
+        check_checkpointing(self.anatomy.base.modules())
         if call.chunk:
             raise _chunks(call.chunk)
         given = {**kwargs, **call.given}
@@ -334,7 +330,7 @@ class DecoderSession(Session):
         Raises:
             UnsupportedError: something is recorded in the layers that has no meaning for removed tokens.
         """
-        collected = (_collector.get() if _collector is not None else {"hidden_states": []}) or {}
+        collected = active_collector.get() or {}
         strange = next((n for n in collected if not n.startswith("_") and n not in _KEEPS_ITS_MEANING), None)
         if strange is not None:
             raise UnsupportedError(

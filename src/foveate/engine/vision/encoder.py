@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reduction import Reducer, UnsupportedError
+from ..compat import check_checkpointing
 from ..session import Session
 from ..trace import TowerCall
 from .merging import TowerReduction
@@ -114,6 +115,7 @@ class PlainSession(Session):
             raise
 
     def _called(self, module: nn.Module, args: tuple) -> None:
+        check_checkpointing(module.modules())
         self._reduction.clear()
         self._begin("encoder")
 

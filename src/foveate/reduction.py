@@ -140,10 +140,42 @@ class Budget:
         wanted = self.keep * images if isinstance(self.keep, int) else round(self.keep * tokens)
         return min(tokens, max(1, wanted))
 
-    def per_row(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """Row-wise `of`, on the device: `tokens`, `images` LongTensor (B,) -> LongTensor (B,)."""
-        wanted = images * self.keep if isinstance(self.keep, int) else (tokens.double() * self.keep).round().long()
-        return torch.minimum(wanted.clamp_min(1), tokens)
+    def per_row(self, tokens: Tensor, images: Tensor | None = None, most: int | None = None) -> Tensor:
+        """`of` of every entry, on the device.
+
+        Args:
+            tokens: (N,) long, visual tokens of rows, or of images.
+            images: (N,) long, images in each; None: one.
+            most: a bound of `tokens` that is known without asking the device; a fraction needs one.
+
+        Returns:
+            (N,) long.
+        """
+        if isinstance(self.keep, int):
+            wanted = torch.full_like(tokens, self.keep) if images is None else images * self.keep
+            return torch.minimum(wanted.clamp_min(1), tokens)
+        return look_up(tokens, int(tokens.max()) if most is None and len(tokens) else most or 0, self.of)
+
+
+def look_up(tokens: Tensor, most: int, function: Callable[..., int], *args: Any) -> Tensor:
+    """`function(n, *args)` of every `n` in `tokens`, in Python's own arithmetic: not every device has float64.
+
+    Args:
+        tokens: (...) long, from 0 to `most`.
+        most: a bound, known without asking the device.
+        function: of a whole number; equal ones must do the same.
+        args: hashable.
+
+    Returns:
+        (...) long.
+    """
+    table = _table(function, args, 1 << most.bit_length())
+    return torch.tensor(table, device=tokens.device)[tokens]
+
+
+@functools.lru_cache(maxsize=256)
+def _table(function: Callable[..., int], args: tuple[Any, ...], size: int) -> list[int]:
+    return [function(n, *args) for n in range(size)]
 
 
 # ------------------------------------------------------------------------------------------------- what is read

@@ -88,13 +88,13 @@ class Trace:
 
     @property
     def mean_visual_tokens(self) -> Tensor:
-        """(B,) mean over the layers of the visual tokens that entered them."""
-        return self.visual_tokens.double().mean(1)
+        """(B,) float64 on the CPU: mean over the layers of the visual tokens that entered them."""
+        return self.visual_tokens.cpu().double().mean(1)
 
     @property
     def mean_visual_tokens_after(self) -> Tensor:
-        """(B,) mean over the layers of the visual tokens left after them."""
-        return self.visual_tokens_after.double().mean(1)
+        """(B,) float64 on the CPU: mean over the layers of the visual tokens left after them."""
+        return self.visual_tokens_after.cpu().double().mean(1)
 
     def _carriers(self, stage: int) -> Tensor:
         """(B, S) long: the slot that carries each original slot's content after `stage`, -1 if dropped."""

@@ -37,7 +37,7 @@ def upper_outliers(scores: Tensor, valid: Tensor) -> Tensor:
     return ((scores > third + 1.5 * (third - first)) & valid).sum(1)
 
 
-def local_outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None = None) -> Tensor:
+def local_outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None = None, double: bool = False) -> Tensor:
     """Local outlier factor of numbers on a line: how much sparser a place is than the places of its neighbours.
 
     On a line the k nearest are among the k before and the k behind, so no N x N distances are needed. As in
@@ -49,6 +49,7 @@ def local_outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None =
         values: (I, N).
         neighbours: k.
         valid: (I, N) bool; all by default.
+        double: compute in float64, as scikit-learn does, on devices that have it.
 
     Returns:
         (I, N) float, 1 for a lone value and where not valid; above `THRESHOLD` is an outlier.
@@ -58,7 +59,7 @@ def local_outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None =
     most = min(neighbours, length - 1)
     if most < 1 or samples == 0:
         return torch.ones_like(values, dtype=torch.float32)
-    precise = torch.float32 if values.device.type == "mps" else torch.float64
+    precise = torch.float64 if double and values.device.type != "mps" else torch.float32
     line, order = values.to(precise).masked_fill(~valid, torch.inf).sort(dim=1, stable=True)
     counts = valid.sum(1)[:, None, None]
     own = torch.arange(length, device=values.device)[:, None]
@@ -82,6 +83,6 @@ def local_outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None =
     return torch.empty_like(factor).scatter(1, order, factor).float()
 
 
-def count_outliers(values: Tensor, neighbours: int, valid: Tensor) -> Tensor:
+def count_outliers(values: Tensor, neighbours: int, valid: Tensor, double: bool = False) -> Tensor:
     """Values in each sample whose local outlier factor is above 1.5, on both sides: (I,) long."""
-    return ((local_outlier_factor(values, neighbours, valid) > THRESHOLD) & valid).sum(1)
+    return ((local_outlier_factor(values, neighbours, valid, double) > THRESHOLD) & valid).sum(1)

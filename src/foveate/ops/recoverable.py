@@ -23,7 +23,7 @@ class Recovery:
         text: (I, N) bool, recovered by the question.
         centres: (I, M) long, centres of the clusters by falling attention, -1 for padding.
         pooled: (I,) bool, whether what is left becomes one more token.
-        visual_ratio, text_ratio, rest_ratio: (I,) double, shares of outliers.
+        visual_ratio, text_ratio, rest_ratio: (I,) float, shares of outliers.
     """
 
     visual: Tensor
@@ -56,7 +56,7 @@ def apportion(weights: Tensor, total: Tensor) -> Tensor:
 
 
 def _share(values: Tensor, neighbours: int, valid: Tensor) -> Tensor:
-    return count_outliers(values, neighbours, valid).double() / valid.sum(1).clamp_min(1)
+    return count_outliers(values, neighbours, valid, double=True).double() / valid.sum(1).clamp_min(1)
 
 
 def _centres(attention: Tensor, rest: Tensor, counts: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def recover(
     left = valid & ~visual
     text = best_tokens(similarity, left, counts[:, 1])
     centres = _centres(attention, left & ~text, counts[:, 2])
-    every = tokens.clamp_min(1).double()
-    rest_ratio = found_rest / rest.sum(1).clamp_min(1).double()
+    every = tokens.clamp_min(1)
+    rest_ratio = found_rest / rest.sum(1).clamp_min(1)
     return Recovery(visual, text, centres, pooled, found_visual / every, found_text / every, rest_ratio)
 
 

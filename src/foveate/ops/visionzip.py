@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -107,7 +109,8 @@ def mosaic_order(dominant: Tensor, tokens: int, width: int, height: int, side: i
 
 def split_counts(counts: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Dominant and contextual tokens (I,), (I,) of `counts` (I,): half up, at least one dominant where there is any."""
-    contextual = torch.minimum((counts.double() * share + 0.5).floor().long(), (counts - 1).clamp_min(0))
+    above, below = Fraction(share).limit_denominator(1_000_000).as_integer_ratio()
+    contextual = torch.minimum((2 * counts * above + below) // (2 * below), (counts - 1).clamp_min(0))
     return counts - contextual, contextual
 
 

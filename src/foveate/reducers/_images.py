@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.select import ranks_within
 from ..reduction import Budget, Patches, Positions, View
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
 
-__all__ = ["by_block", "by_image", "can_renumber", "counts_per_image", "renumber_if_possible", "take"]
+__all__ = [
+    "by_block",
+    "by_image",
+    "can_renumber",
+    "counts_per_image",
+    "counts_per_row",
+    "image_of_slot",
+    "renumber_if_possible",
+    "take",
+    "truncated",
+]
 
 
 def _grouped(rows: Tensor, slots: Tensor, group: Tensor) -> Patches:
@@ -65,8 +76,27 @@ def renumber_if_possible(anatomy: Anatomy) -> Positions:
 
 def counts_per_image(budget: Budget, images: Patches) -> Tensor:
     """(I,) tokens of each image that stay."""
-    tokens = images.valid.sum(1)
-    return budget.per_row(tokens, torch.ones_like(tokens))
+    return budget.per_row(images.valid.sum(1), most=images.slots.shape[1])
+
+
+def image_of_slot(view: View) -> Tensor:
+    """(B, S) long, number of the image or video in its row to which each visual slot belongs; 0 without a layout."""
+    if view.layout is None:
+        return torch.zeros_like(view.visual, dtype=torch.long)
+    return view.layout.image_index.to(view.visual.device).clamp_min(0)
+
+
+def counts_per_row(budget: Budget, view: View) -> Tensor:
+    """(B,) visual tokens of each row that stay: a fraction of all, or a count from every image of it."""
+    there = view.active_visual
+    if isinstance(budget.keep, float):
+        return budget.per_row(there.sum(1), most=there.shape[1])
+    return (ranks_within(image_of_slot(view), there) < budget.keep).sum(1)
+
+
+def truncated(tokens: int, share: float) -> int:
+    """int(tokens * share), as official codes count."""
+    return int(tokens * share)
 
 
 def take(hidden: Tensor, images: Patches) -> Tensor:

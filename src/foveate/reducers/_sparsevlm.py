@@ -83,10 +83,10 @@ class Rules:
         early = bool(self._late) and schedule.needs_early_start(share, self._late, self._depth)
         return self._early if early else self._late
 
-    def plan(self, tokens: int, images: int) -> Plan:
-        """For a sample with that many visual tokens and images."""
+    def plan(self, tokens: int, counted: int) -> Plan:
+        """For a sample with that many visual tokens, of which a count as budget leaves `counted`."""
         options, keep = self._options, self._options.budget.keep
-        target = keep * tokens if isinstance(keep, float) else float(min(keep * images, tokens))
+        target = keep * tokens if isinstance(keep, float) else float(counted)
         if not tokens:
             return Plan(0.0, ())
         if options.counts is not None:

@@ -78,7 +78,7 @@ class Blocks:
         if budget is not None:
             tokens = torch.zeros(batch * (length + 1), dtype=torch.long, device=row.device)
             tokens = tokens.scatter_add(0, number.flatten(), view.active_visual.flatten().long())
-            quota = budget.per_row(tokens, torch.ones_like(tokens))
+            quota = budget.per_row(tokens, most=length)
         return cls(view, patches, image, number, quota)
 
     @property

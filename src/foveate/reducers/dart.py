@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..ops.duplication import least_duplicated, top_indices
-from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, register
+from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, look_up, register
+from ._images import counts_per_row, truncated
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class DART(Reducer):
         behind = view.active & ~view.visual & (view.visual.cumsum(1) > 0)
         image_pivots, image_exists = top_indices(norms, visual, self.pivot_image)
         text_pivots, text_exists = top_indices(norms, behind, self.pivot_text)
-        total = self._budget.per_row(visual.sum(1), view.images)
+        total = counts_per_row(self._budget, view)
         if not self.faithful:
             image_exists &= torch.arange(image_exists.shape[1], device=total.device) < total[:, None]
         pivots, exists = torch.cat([image_pivots, text_pivots], 1), torch.cat([image_exists, text_exists], 1)
@@ -94,7 +95,8 @@ class DART(Reducer):
         else:
             takes = _equal_shares(total - image_exists.sum(1), exists)
         kept = torch.zeros_like(visual).scatter(1, image_pivots, image_exists)
-        states = normalize(self._norm(view.hidden).float(), dim=-1)
+        there = next(iter(self._norm.parameters()), view.hidden).device  # the norm may be on another device
+        states = normalize(self._norm(view.hidden.to(there)).to(view.hidden.device).float(), dim=-1)
         chosen = states.gather(1, pivots[..., None].expand(-1, -1, states.shape[2]))
         kept = kept | least_duplicated(chosen @ states.transpose(1, 2), visual & ~kept, takes)
         return Decision(keep=view.active & (kept | ~view.visual), scores=norms)
@@ -106,10 +108,11 @@ class DART(Reducer):
             existing = [slot for slot, there in zip(row, real) if there]
             orders.append(list(set(existing)) + [0] * (len(row) - len(existing)))
         tokens, keep = visual.sum(1), self._budget.keep
-        share = (
-            (tokens - self.pivot_image).clamp_max(keep) if isinstance(keep, int) else (tokens.double() * keep).floor()
-        )
-        each = (share // (self.pivot_image + self.pivot_text)).long().clamp_min(0)[:, None]
+        if isinstance(keep, int):
+            share = (tokens - self.pivot_image).clamp_max(keep)
+        else:
+            share = look_up(tokens, visual.shape[1], truncated, keep)
+        each = (share // (self.pivot_image + self.pivot_text)).clamp_min(0)[:, None]
         rank = torch.arange(pivots.shape[1], device=pivots.device)
         takes = torch.where(rank < exists.sum(1, keepdim=True), each, 0)
         return torch.tensor(orders, device=pivots.device), takes

@@ -75,16 +75,16 @@ class EVS(Reducer):
         videos = by_image(view)
         place = videos.rows[:, None], videos.slots.clamp_min(0)
         score, valid = spread[place], shown[place] & videos.valid
-        counts = self._counts(valid.sum(1), ((score == _FIRST) & valid).sum(1))
+        counts = self._counts(valid.sum(1), ((score == _FIRST) & valid).sum(1), valid.shape[1])
         kept = videos.to_slots(best_tokens(score, valid, counts).float(), *view.active.shape) > 0
         return Decision(keep=view.active & (kept | ~shown), scores=spread)
 
-    def _counts(self, tokens: Tensor, frame: Tensor) -> Tensor:
-        """(I,) of `tokens` (I,) in frames of `frame` (I,) ones."""
+    def _counts(self, tokens: Tensor, frame: Tensor, most: int) -> Tensor:
+        """(I,) of `tokens` (I,), at most `most`, in frames of `frame` (I,) ones."""
         if self.faithful and isinstance(self._budget.keep, float):
             wanted = official_count(tokens, torch.tensor(self._budget.keep, dtype=torch.double))
         else:
-            wanted = self._budget.per_row(tokens, torch.ones_like(tokens))
+            wanted = self._budget.per_row(tokens, most=most)
         return torch.maximum(wanted, frame)
 
 

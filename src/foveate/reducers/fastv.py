@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..ops.select import top_k_mask
-from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, register
+from ..ops.select import rounded_ratio, top_k_mask
+from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, look_up, register
+from ._images import counts_per_row, truncated
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
@@ -82,20 +83,27 @@ class FastV(Reducer):
                 f"the first {self._first} see all tokens; choose a smaller layer"
             )
 
-    def _counts(self, visual: Tensor, images: Tensor) -> Tensor:
-        """(B,) visual tokens that stay of `visual` (B,) ones."""
-        keep = self._budget.keep
+    def _counts(self, view: View) -> Tensor:
+        """(B,) visual tokens that stay."""
+        keep, visual, most = self._budget.keep, view.active_visual.sum(1), view.visual.shape[1]
         if self.faithful and isinstance(keep, float):
-            return (visual.double() * keep).long()
+            return look_up(visual, most, truncated, keep)
         if self.average == "after_layer":
-            return self._budget.per_row(visual, images)
-        mean = torch.minimum(images * keep, visual).double() if isinstance(keep, int) else visual.double() * keep
-        rest = (mean * self._depth - visual * self._first) / (self._depth - self._first)
-        return torch.minimum(rest.round().long().clamp_min(1), visual)
+            return counts_per_row(self._budget, view)
+        if isinstance(keep, float):
+            return look_up(visual, most, _rest, keep, self._depth, self._first)
+        computed = counts_per_row(self._budget, view) * self._depth
+        rest = rounded_ratio(computed - visual * self._first, self._depth - self._first)
+        return torch.minimum(rest.clamp_min(1), visual)
 
     def decide(self, view: View) -> Decision:
         assert view.tap is not None  # asked for in `prepare`
         scores = view.tap.per_slot(view.active.shape[1])
         eligible = view.active_visual
-        chosen = top_k_mask(scores, eligible, self._counts(eligible.sum(1), view.images))
+        chosen = top_k_mask(scores, eligible, self._counts(view))
         return Decision(keep=view.active & (chosen | ~view.visual), scores=scores)
+
+
+def _rest(tokens: int, share: float, depth: int, first: int) -> int:
+    """Of `tokens`, those left from layer `first` on for a mean of `share` over all layers."""
+    return min(max(round((tokens * share * depth - tokens * first) / (depth - first)), 1), tokens)

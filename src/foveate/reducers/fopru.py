@@ -23,9 +23,10 @@ from ..reduction import (
     UnsupportedError,
     View,
     VisionSpec,
+    look_up,
     register,
 )
-from ._images import renumber_if_possible
+from ._images import renumber_if_possible, truncated
 from ._tower import Blocks, feature_layer
 
 if TYPE_CHECKING:
@@ -85,12 +86,14 @@ class FoPru(Reducer):
         return significance(*given, blocks.valid)
 
     def _counts(self, blocks: Blocks, height: Tensor, width: Tensor) -> Tensor:
-        share = self._budget.keep
+        share, size, most = self._budget.keep, blocks.valid.sum(1), blocks.valid.shape[1]
         if not self.faithful:
             return blocks.shares()
         if self.strategy == "rank":
-            return (blocks.valid.sum(1).double() * share).long() if isinstance(share, float) else blocks.shares()
-        rows = (height.double() * share).long() if isinstance(share, float) else blocks.shares() // width.clamp_min(1)
+            return look_up(size, most, truncated, share) if isinstance(share, float) else blocks.shares()
+        rows = blocks.shares() // width.clamp_min(1)
+        if isinstance(share, float):
+            rows = look_up(height, most, truncated, share)
         return rows * width
 
     def decide(self, view: View) -> Decision | None:

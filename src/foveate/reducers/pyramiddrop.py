@@ -6,6 +6,7 @@ Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..ops.attention import attention_rows
 from ..ops.select import top_k_mask, true_indices
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
-from ._images import can_renumber
+from ._images import can_renumber, counts_per_row, truncated
 from ._layers import check_layers, resolve_layer
 
 if TYPE_CHECKING:
@@ -114,21 +115,25 @@ class PyramidDrop(Reducer):
     def _plan(self, view: View) -> tuple[Tensor, Tensor, set[int]]:
         """Layers and token counts of each sample, (B, stages) both, and all layers at which something happens."""
         tokens = view.active_visual.sum(1)  # in a Chain, those that others have left
-        tables = torch.tensor(self._lists, device=tokens.device)
+        counted = tokens
+        if self._budget is not None and isinstance(self._budget.keep, int):
+            counted = counts_per_row(self._budget, view)
+        facts = torch.stack([tokens, counted], 1).tolist()
+        plans = [self._plan_sample(*fact) for fact in facts]
+        layers, counts = torch.tensor(plans, device=tokens.device).unbind(1)
+        return layers, counts, {layer for plan in plans for layer in plan[0]}
+
+    def _plan_sample(self, tokens: int, counted: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Layers and token counts of a sample of `tokens`, of which a count as budget leaves `counted`."""
         if self._budget is None:
-            ratios = torch.tensor(list(self.ratios or _RATIOS)[: tables.shape[1]], dtype=torch.double).to(tokens.device)
-            counts = (tokens[:, None].double() * ratios).long()
-            layers = tables.expand(len(tokens), -1)
-        else:
-            keep = self._budget.keep
-            mean = (view.images * keep).double() if isinstance(keep, int) else tokens.double() * keep
-            fraction = torch.minimum(mean, tokens.double()) / tokens.clamp_min(1)
-            # The first of the lists that leaves enough of the budget to the layers behind its first one.
-            possible = tables[:, 0] / self._depth <= 0.6 * fraction[:, None]
-            possible[:, -1] = True
-            layers = tables[possible.long().argmax(1)]
-            counts = _pyramid(tokens, fraction, layers, self._depth)
-        return layers, counts, set(layers.unique().tolist())
+            (layers,) = self._lists
+            return layers, [truncated(tokens, ratio) for ratio, _ in zip(self.ratios or _RATIOS, layers)]
+        keep = self._budget.keep
+        fraction = (tokens * keep if isinstance(keep, float) else counted) / max(tokens, 1)
+        # The first of the lists that leaves enough of the budget to the layers behind its first one.
+        possible = (layers for layers in self._lists if layers[0] / self._depth <= 0.6 * fraction)
+        layers = next(possible, self._lists[-1])
+        return layers, _pyramid(tokens, fraction, tuple(layers), self._depth)
 
     def decide(self, view: View) -> Decision | None:
         if "plan" not in view.state:
@@ -185,25 +190,23 @@ def _halved(depth: int) -> list[list[int]]:
     return [layers[:shortest] for layers in lists]
 
 
-def _pyramid(tokens: Tensor, fraction: Tensor, layers: Tensor, depth: int) -> Tensor:
-    """Counts (B, k) that fall geometrically and give an average of `fraction` (B,) over the layers."""
-    ends = torch.cat([layers[:, 1:], torch.full_like(layers[:, :1], depth)], 1)
-    spans = (ends - layers).double()
-    wanted = fraction * depth - layers[:, 0]
-    power = torch.arange(1, layers.shape[1] + 1, device=tokens.device)
-    low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+@functools.lru_cache(maxsize=4096)
+def _pyramid(tokens: int, fraction: float, layers: tuple[int, ...], depth: int) -> list[int]:
+    """Counts that fall geometrically and give an average of `fraction` over the layers, one for each of `layers`."""
+    spans = [end - layer for layer, end in zip(layers, (*layers[1:], depth))]
+    wanted = fraction * depth - layers[0]
+    low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        over = (spans * middle[:, None] ** power).sum(1) > wanted
-        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    counts = (tokens[:, None] * high[:, None] ** power).round()
-    least = torch.minimum(tokens, torch.ones_like(tokens)).double()
-    for stage in reversed(range(layers.shape[1])):  # what rounding did to the average, the stages take back
-        missing = tokens * wanted - (spans * counts).sum(1)
-        upper = counts[:, stage - 1] if stage else tokens.double()
-        lower = counts[:, stage + 1] if stage + 1 < layers.shape[1] else least
-        counts[:, stage] = torch.clamp(counts[:, stage] + (missing / spans[:, stage]).round(), lower, upper)
-    return counts.long()
+        over = sum(span * middle ** (i + 1) for i, span in enumerate(spans)) > wanted
+        low, high = (low, middle) if over else (middle, high)
+    counts = [round(tokens * high ** (i + 1)) for i in range(len(layers))]
+    for stage in reversed(range(len(layers))):  # what rounding did to the average, the stages take back
+        missing = tokens * wanted - sum(span * count for span, count in zip(spans, counts))
+        upper = counts[stage - 1] if stage else tokens
+        lower = counts[stage + 1] if stage + 1 < len(layers) else min(tokens, 1)
+        counts[stage] = min(max(counts[stage] + round(missing / spans[stage]), lower), upper)
+    return counts
 
 
 def next_layer_row(
@@ -223,8 +226,10 @@ def next_layer_row(
         (B, H, 1, n) float32.
     """
     attention: Any = anatomy.attention(layer)
+    home, here = hidden.device, attention.q_proj.weight.device  # the layer may be on another device
+    cos, sin = (part.to(here) for part in anatomy.rotary(layer, hidden, positions))
+    hidden, slots, valid = hidden.to(here), slots.to(here), valid.to(here)
     states = anatomy.layers[layer].input_layernorm(hidden)  # type: ignore[operator]
-    cos, sin = anatomy.rotary(layer, states, positions)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
 
     def heads(projection: Any, norm: Any, x: Tensor) -> Tensor:
@@ -239,6 +244,5 @@ def next_layer_row(
     window = anatomy.sliding_windows[layer]
     allowed = valid if window is None else valid & (slots[:, -1:] - slots < window)
     softcap = getattr(attention, "attn_logit_softcapping", None)
-    return attention_rows(
-        query, key, torch.zeros_like(slots[:, :1]), allowed[:, None], None, attention.scaling, softcap
-    )
+    first = torch.zeros_like(slots[:, :1])
+    return attention_rows(query, key, first, allowed[:, None], None, attention.scaling, softcap).to(home)

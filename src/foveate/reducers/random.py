@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..ops.select import top_k_mask
+from ..ops.select import ranks_within, top_k_mask
 from ..reduction import (
     BEFORE_LAYERS,
     Budget,
@@ -20,6 +20,7 @@ from ..reduction import (
     known_positions,
     register,
 )
+from ._images import counts_per_row, image_of_slot
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Random(Reducer):
     over several seeds when the choice itself is what is measured.
 
     Args:
-        keep: visual tokens per image that stay (int), or their fraction (float in (0, 1]).
+        keep: visual tokens of each image that stay (int), or the fraction of all of a sample's (float in (0, 1]).
         layer: the stage: -1 before the language model, i after its decoder layer i; or a fraction of the depth.
         seed: any int of up to 64 bits.
         positions: "keep" leaves positions as they were, "renumber" closes the gaps.
@@ -95,5 +96,8 @@ class Random(Reducer):
         visual = view.visual & view.tokens
         scores = _draw(visual.cumsum(1) - 1, self.seed)
         eligible = view.active_visual
-        chosen = top_k_mask(scores, eligible, self._budget.per_row(eligible.sum(1), view.images))
+        if isinstance(self._budget.keep, int):
+            chosen = ranks_within(image_of_slot(view), eligible, scores) < self._budget.keep
+        else:
+            chosen = top_k_mask(scores, eligible, counts_per_row(self._budget, view))
         return Decision(keep=view.active & (chosen | ~view.visual))

@@ -33,6 +33,7 @@ from ..reduction import (
     View,
     register,
 )
+from ._images import counts_per_row
 from ._sparsevlm import OWN, Plan, Rules, check_options, numbers
 
 if TYPE_CHECKING:
@@ -234,8 +235,10 @@ class SparseVLM(Reducer):
         last = slots == (view.active * slots).amax(1, keepdim=True)
         behind = text & (slots > (visual * slots).amax(1, keepdim=True))
         behind = torch.where(behind.any(1, keepdim=True), behind, last) & visual.any(1, keepdim=True)
-        facts = torch.stack([visual.sum(1), behind.sum(1), view.images.to(slots)], 1).tolist()
-        plans: list[Plan] = [self._rules.plan(tokens, images) for tokens, _, images in facts]
+        number = visual.sum(1)
+        counted = counts_per_row(self.budget, view) if isinstance(self.budget.keep, int) else number
+        facts = torch.stack([number, behind.sum(1), counted], 1).tolist()
+        plans: list[Plan] = [self._rules.plan(tokens, left) for tokens, _, left in facts]
         view.state.update(plans=plans, rules={}, last=last, raters=behind)
         if any(plan.layers for plan in plans):
             image, image_valid = true_indices(visual, max(fact[0] for fact in facts))

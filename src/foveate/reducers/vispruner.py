@@ -24,9 +24,10 @@ from ..reduction import (
     UnsupportedError,
     View,
     VisionSpec,
+    look_up,
     register,
 )
-from ._images import renumber_if_possible
+from ._images import renumber_if_possible, truncated
 from ._tower import Blocks, feature_layer
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class VisPruner(Reducer):
         scores, valid, shares = blocks.attention(self._layer), blocks.valid, blocks.shares()
         features = blocks.patches[self._layer].features
         assert features is not None
-        by_attention = (shares.double() * self.important_ratio).long()
+        by_attention = look_up(shares, valid.shape[1], truncated, self.important_ratio)
         important = best_tokens(scores, valid, by_attention)
         rest = valid & ~important
         counts, tokens, size = rest.sum(1), valid.shape[1], valid.sum(1)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from ..ops.select import rounded_ratio
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Positions, Reducer, View, register
+from ._images import counts_per_row
 from ._layers import check_layer, resolve_layer
 
 if TYPE_CHECKING:
@@ -92,5 +93,5 @@ class VTW(Reducer):
     def _layers_for_count(self, count: int, view: View) -> Tensor:
         """(B,) K of each sample, `depth` where nothing is withdrawn."""
         visual = view.active_visual.sum(1)
-        fraction = torch.minimum(count * view.images, visual).double() / visual.clamp_min(1)
-        return (fraction * self._depth).round().long().clamp_min(1)
+        stay = counts_per_row(Budget(count), view)
+        return rounded_ratio(stay * self._depth, visual.clamp_min(1)).clamp_min(1)

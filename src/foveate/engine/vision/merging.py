@@ -368,13 +368,13 @@ class TowerReduction(Shared):
         labels = place + torch.arange(len(place), device=place.device)[:, None] * place.shape[1] + 1
         labels = labels[:, int(self.class_token) :]
         plan = square_plan(anatomy, labels.shape[0], labels.shape[1], info)
-        merged = plan.merge(labels[..., None].double())
+        merged = plan.merge(labels[..., None].float())
         if len(merged) != labels.numel():
             raise UnsupportedError(
                 f"{type(anatomy.model).__name__} makes one visual token of several patches: nothing can be taken away "
                 "in its tower; merge after it (where='output')"
             )
-        patches = _lay(plan, {"features": labels[..., None].double()}, {}, visual)
+        patches = _lay(plan, {"features": labels[..., None].float()}, {}, visual)
         assert patches.features is not None
         return patches.to_slots(patches.features[..., 0], *visual.shape).long() - 1
 

@@ -136,6 +136,56 @@ def test_nothing_imports_upwards(path: Path):
         assert target in MAY_IMPORT[floor], f"{where}: {floor} stands on {', '.join(sorted(MAY_IMPORT[floor]))}"
 
 
+def _circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """What imports itself by way of others: the strongly connected parts with more than one member (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    path: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        path.append(name)
+        for other in imports.get(name, ()):
+            if other not in index:
+                visit(other)
+            if other in path:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            part = path[path.index(name) :]
+            del path[path.index(name) :]
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for name in imports:
+        if name not in index:
+            visit(name)
+    return found
+
+
+def test_circles_are_found():
+    assert _circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [["b", "c"]]
+    assert _circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert _circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_nothing_imports_itself_by_way_of_others():
+    """Neither modules nor floors, inside functions or not; names of types do not count."""
+    modules: dict[str, set[str]] = {}
+    floors: dict[str, set[str]] = {}
+    names = {".".join(["foveate", *_names(path)]): _floor(path) for path in FILES}
+    for path in FILES:
+        name = ".".join(["foveate", *_names(path)])
+        told = {module for module, only_types, _ in _imports(path) if not only_types and module in names}
+        modules[name] = told - {name}
+        floors.setdefault(_floor(path), set()).update(names[module] for module in told)
+    for name, floor in names.items():
+        floors[floor].discard(floor)
+        assert name in modules
+    assert _circles(modules) == []
+    assert _circles(floors) == []
+
+
 def test_every_floor_is_known():
     floors = {_floor(path) for path in FILES}
     assert floors <= MAY_IMPORT.keys() | ROOF

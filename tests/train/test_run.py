@@ -19,8 +19,8 @@ import foveate
 from foveate.evaluate.answer import ModelError
 from foveate.evaluate.data import DataError
 from foveate.train import Settings, TrainingError, run
+from foveate.train.common import last_checkpoint
 from foveate.train.data import evaluation
-from foveate.train.run import last_checkpoint
 from tests.train import tiny
 
 PUMER = {"layers": [1, 3], "prune_r": 0.2, "merge_r": 0.3, "merge_text": 0.2}

@@ -79,7 +79,7 @@ def train(
     Example: foveate train pumer --model zoo:tiny-vilt --teacher zoo:tiny-vilt --data easy-vqa,scenes --out student
     """
     from ..train import Settings, TrainingError, run
-    from ..train.run import main_process
+    from ..train.common import main_process
     from ..train.settings import PUMER_TASK, TASKS
 
     if task not in TASKS:

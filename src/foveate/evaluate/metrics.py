@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import NamedTuple
 
 from .data import DataError, Sample, choices_of, references
-from .score import matches, normalise
+from .score import ARTICLES, NUMBERS, matches, normalise
 
 __all__ = ["AUTO", "METRICS", "Metric", "choose", "yes_no_report"]
 
@@ -43,11 +43,7 @@ def exact(predicted: str, sample: Sample) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- vqa
 _PUNCTUATION = ";:/'[]\"()=+\\_><@`,?"
-_ARTICLES = {"a", "an", "the"}
-_DIGITS = {
-    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
-    "seven": "7", "eight": "8", "nine": "9", "ten": "10",
-}  # fmt: skip
+_DIGITS = {"none": "0", **NUMBERS}
 _CONTRACTED = """
     ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm
     I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't o'clock oughtn't shan't should've shouldn't
@@ -69,7 +65,7 @@ def vqa_normalise(answer: str) -> str:
         out = out.replace(mark, "" if at_edge or thousands else " ")
     out = re.sub(r"\.(?!\d)", "", out)
     words = [_DIGITS.get(word, word) for word in out.lower().split()]
-    return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa(predicted: str, sample: Sample) -> float:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 __all__ = ["accuracy", "agreement", "matches", "normalise", "standard_error"]
 
-_ARTICLES = {"a", "an", "the"}
+ARTICLES = {"a", "an", "the"}
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
+NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
 
 
 def normalise(answer: str) -> str:
     """Lower case, no punctuation, no articles, number words as digits: "The top-left." -> "top left"."""
     words = re.sub(r"[^\w\s.]|_|\.(?!\d)", " ", answer.lower()).split()
-    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(NUMBERS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def matches(predicted: str, answer: str) -> bool:

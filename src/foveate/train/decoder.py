@@ -20,10 +20,10 @@ from ..evaluate.data import Sample
 from ..evaluate.score import matches
 from ..reduction import Reducer
 from .batches import Held
+from .common import Progress, Report, carry_out, finished, need, processes
 from .data import Mixture, evaluation, open_source, parts
 from .losses import distillation
 from .rows import Row
-from .run import Progress, Report, carry_out, finished, need, processes
 from .settings import Settings
 from .trainer import ReducedTrainer
 

@@ -10,9 +10,9 @@ from ..evaluate.answer import ModelError
 from ..evaluate.data import DataError
 from ..reduction import Reducer
 from .batches import Collator, Held
+from .common import Progress, Report, carry_out, finished, processes
 from .data import Finite, Mixture, Source, evaluation, open_source, parts
 from .models import Student, check_task, known_labels, load_encoder
-from .run import Progress, Report, carry_out, finished, processes
 from .settings import Settings
 from .trainer import EncoderTrainer
 from .vocabulary import Vocabulary

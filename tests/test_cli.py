@@ -51,6 +51,17 @@ def test_bad_keep(picture, keep):
     assert keep in line
 
 
+def test_a_budget_that_removes_nothing_is_said(picture):
+    result = invoke(*RUN, "--image", picture, "--method", "random", "--keep", "100000", "--repeats", "1")
+    assert result.exit_code == 0
+    assert "Nothing was removed: the prompt has 196 visual tokens" in result.stdout
+    result = invoke(*RUN, "--image", picture, "--method", "random", "--keep", "0.5", "--repeats", "1")
+    assert "Nothing was removed" not in result.stdout
+    for keep, removes in (("100000", False), ("192", True)):
+        result = invoke("flops", "llava-1.5-7b", "--method", "fastv", "--keep", keep)
+        assert ("Nothing is removed" in result.stdout) != removes
+
+
 def test_missing_image(tmp_path):
     line = complaint(*RUN, "--image", tmp_path / "none.png", "--method", "fastv", "--keep", "0.3")
     assert "none.png: no such file" in line

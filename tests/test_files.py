@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 import foveate
 from foveate import recipe
 from foveate.files import check_writable, write_whole
-from foveate.tune import Journal
 from foveate.view import save
 
 CHANGED = "new\n"
@@ -234,14 +233,3 @@ def test_a_mount_of_its_own_is_written_in_place(tmp_path, monkeypatch):
     assert path.read_text() == CHANGED
     assert path.stat().st_ino == number
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_journal_is_rewritten_whole(tmp_path, monkeypatch):
-    path = tmp_path / "journal"
-    Journal(path, {})
-    before = path.read_text()
-    path.write_text(before + '{"cut off')
-    monkeypatch.setattr(Path, "replace", fails(errno.ENOSPC))
-    with pytest.raises(foveate.OptionError, match="No space left"):
-        Journal(path, {})
-    assert path.read_text() == before + '{"cut off'

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, at the very place that was named."""
+"""Files: written whole or not at all, at the very place that was named; YAML read without its traps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,57 @@ import secrets
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
-__all__ = ["check_writable", "write_whole"]
+import yaml
+
+__all__ = ["YamlError", "check_writable", "parse_yaml", "read_yaml", "write_whole"]
+
+_LARGEST, _DEEPEST = 1 << 20, 20
+"""Characters and levels of a YAML text."""
+
+
+class YamlError(ValueError):
+    """A text is no YAML, or more of it than a person writes; one short line."""
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """What a YAML file holds, see `parse_yaml`. Raises `YamlError` also if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise YamlError(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # also a NUL byte in the path
+        raise YamlError("cannot be read (not UTF-8 text)") from error
+    return parse_yaml(text)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values, lists and mappings of a YAML text. Raises `YamlError`.
+
+    Aliases are refused, with which a few lines stand for billions of values; so is what is too long or nested too
+    deeply.
+    """
+    if len(text) > _LARGEST:
+        raise YamlError(f"too large: more than {_LARGEST} characters")
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # unlike loading, this does not recurse
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise YamlError(f"nested too deeply: more than {_DEEPEST} levels")
+            if isinstance(event, yaml.AliasEvent):
+                raise YamlError(f"holds an alias (*{event.anchor[:20]}), line {event.start_mark.line + 1}")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = str(getattr(error, "problem", None) or "cannot be parsed")[:100]
+        raise YamlError(f"not YAML ({reason}{'' if mark is None else f', line {mark.line + 1}'})") from error
+    except YamlError:
+        raise
+    except ValueError as error:  # a date that there is not, a number of thousands of digits
+        raise YamlError(f"not YAML ({str(error)[:100]})") from error
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:

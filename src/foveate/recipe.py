@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from .files import write_whole
+from .files import YamlError, read_yaml, write_whole
 from .reducers.chain import Chain
 from .reduction import OptionError, Reducer, UnsupportedError, build, name_of
 
@@ -160,6 +160,13 @@ def _word(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a list that occurs twice twice: `load` takes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def load(path: str | os.PathLike[str]) -> Reducer:
     """The method a recipe describes, ready for `foveate.apply(model, foveate.load("recipe.yaml"))`.
 
@@ -207,9 +214,9 @@ def save(path: str | os.PathLike[str], reducer: Reducer, **provenance: Any) -> N
     origin = {**provenance, "foveate": _installed(), "date": datetime.date.today().isoformat()}
     document = {"version": _VERSION, **body, "provenance": origin}
     try:
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path}: provenance holds more than plain values ({_line(error)})") from error
+        text = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"recipe {path}: provenance holds more than plain values") from error
     try:
         write_whole(Path(path), f'# foveate.apply(model, foveate.load("{Path(path).name}"))\n{text}')
     except OSError as error:
@@ -236,20 +243,15 @@ def _member(recipe: Recipe) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- reading
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"recipe {path}: cannot be read ({reason})") from error
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path}: not YAML ({_line(error)})") from error
+        recipe = read_yaml(path)
+    except YamlError as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
     if not isinstance(recipe, dict):
         raise RecipeError(f"recipe {path}: expected the keys {', '.join(_TOP)}")
     _known(path, recipe, _TOP, "")
     version = recipe.get("version")
     if isinstance(version, bool) or version != _VERSION:
-        raise RecipeError(f"recipe {path}: version is {version!r}; this Foveate reads version {_VERSION}")
+        raise RecipeError(f"recipe {path}: version is {repr(version)[:40]}; this Foveate reads version {_VERSION}")
     if not isinstance(recipe.get("provenance") or {}, dict):
         raise RecipeError(f"recipe {path}: provenance must be a mapping")
     return recipe
@@ -258,7 +260,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _known(path: Any, found: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
     for key in found:
         if key not in known:
-            raise RecipeError(f"recipe {path}: unknown key {where}{key}; known: {', '.join(known)}")
+            raise RecipeError(f"recipe {path}: unknown key {where}{str(key)[:40]}; known: {', '.join(known)}")
 
 
 def _build(path: Any, part: Mapping[str, Any], where: str) -> Reducer:
@@ -299,9 +301,3 @@ def _installed() -> str:
         return importlib.metadata.version("foveate")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-def _line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    reason = getattr(error, "problem", None) or "cannot be parsed"
-    return reason if mark is None else f"{reason}, line {mark.line + 1}"

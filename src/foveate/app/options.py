@@ -12,13 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from torch import nn
 
 from ..engine.apply import apply
+from ..files import YamlError, parse_yaml
 from ..reduction import OptionError, UnsupportedError, build, info, names, options
 
 __all__ = ["Choice", "Controls", "controls", "describe", "offered", "parse_options", "usable_methods"]
+
+LONGEST_TEXT = 1000
+"""Characters of a question, and of its options."""
 
 _OUTSIDE_BRACKETS = re.compile(r"[,;\n](?![^\[]*\])")
 
@@ -110,13 +113,15 @@ def describe(method: str) -> str:
 
 def parse_options(text: str) -> dict[str, Any]:
     """`"tau=0.5, layers=[1, 3]"` -> `{"tau": 0.5, "layers": [1, 3]}`. Raises `OptionError`."""
+    if len(text) > LONGEST_TEXT:
+        raise OptionError(f"options: too long, at most {LONGEST_TEXT} characters")
     chosen: dict[str, Any] = {}
     for part in filter(str.strip, _OUTSIDE_BRACKETS.split(text)):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
             raise OptionError(f"option {part.strip()!r}: write it as name=value")
         try:
-            chosen[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise OptionError(f"option {part.strip()!r}: the value cannot be read") from None
+            chosen[name] = parse_yaml(value)
+        except YamlError as error:
+            raise OptionError(f"option {part.strip()!r}: the value cannot be read ({error})") from error
     return chosen

@@ -27,15 +27,9 @@ from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from ..recipe import Recipe
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
 from .answer import Job, Stopped, Times, generate, time_both
-from .options import offered
+from .options import LONGEST_TEXT, offered
 
 __all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "Stopped", "explain", "read_image"]
-
-MAX_PIXELS = 50_000_000
-"""Largest image the page takes; a 48-megapixel photograph still passes."""
-
-LONGEST_TEXT = 1000
-"""Characters of a question, and of its options."""
 
 _log = logging.getLogger(__name__)
 
@@ -116,21 +110,11 @@ def read_image(path: str | Path | None) -> Image.Image:
     """An upright RGB image. Raises `AskError`, naming the file as its owner knows it."""
     if path is None:
         raise AskError("Choose an image first.")
-    name = Path(path).name
-    try:
-        with Image.open(path) as image:  # reads the header only
-            width, height = image.size
-    except Image.DecompressionBombError:
-        width = height = 1 << 16
-    except (OSError, SyntaxError, ValueError):
-        width = height = 0  # open_image knows how to say it
-    if width * height > MAX_PIXELS:
-        raise AskError(f"{name} is too large: at most {MAX_PIXELS // 1_000_000} megapixels.")
     try:
         return open_image(path)
     except DataError as error:
         reason = str(error).removeprefix(f"image {path}: ")
-        raise AskError(f"{name}: {reason}.") from error
+        raise AskError(f"{Path(path).name}: {reason}.") from error
 
 
 def explain(error: BaseException) -> str:

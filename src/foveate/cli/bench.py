@@ -80,6 +80,8 @@ def bench(
 
     Example: foveate bench --geometry llava-1.5-7b --layers 4 --method fastv --keep 144
     """
+    from ..evaluate.answer import check_device
+
     if (model is None) == (geometry is None):
         raise CommandError("bench: give either MODEL or --geometry PRESET")
     if layers is not None and geometry is None:
@@ -89,7 +91,7 @@ def bench(
     methods, described = _methods(method, keep, option, recipe)
     writable(json)
     kind = _kind(dtype)
-    _check_device(device)
+    check_device(device)
     with _threads(threads):
         if geometry is not None:
             vlm, inputs, about = _random(geometry, layers, batch, prompt_tokens, new_tokens, kind, device)
@@ -207,16 +209,6 @@ def _kind(dtype: str) -> Any:
 
 def _name(kind: Any) -> str:
     return str(kind).removeprefix("torch.")
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise CommandError(f"device {device}: cannot be used ({first_line})") from error
 
 
 @contextlib.contextmanager

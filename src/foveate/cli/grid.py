@@ -9,6 +9,7 @@ from typing import Any
 
 import foveate
 
+from ..files import YamlError, read_yaml
 from ..reduction import info
 from .shell import CommandError, option_value
 
@@ -95,14 +96,12 @@ def _named(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _from_file(path: Path, model: str) -> list[Any]:
-    import yaml
-
     from ..evaluate.grid import recipes_for
 
     try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CommandError(f"grid {path}: cannot be read ({error})") from error
+        rows = read_yaml(path)
+    except YamlError as error:
+        raise CommandError(f"grid {path}: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise CommandError(f"grid {path}: a list of entries with method, options and keep is expected")
     recipes = []

@@ -103,6 +103,8 @@ def flops(
         f"Visual tokens, mean over the layers: {result['visual_tokens_entering']:.1f} entering, "
         f"{result['visual_tokens_after']:.1f} left after."
     )
+    if (result["tflops"], result["kv_mb"]) == (result["tflops_full"], result["kv_mb_full"]):
+        say("Nothing is removed: the budget leaves all visual tokens in place.")
     say(f"Formula: {result['formula']}. What papers print as FLOPs are MACs.")
     write_json(json, {**result, "options": options})
 

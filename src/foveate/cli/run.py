@@ -110,6 +110,8 @@ def run(
     ]
     table(["", "full model", method, "reduced / full"], rows)
     say("Visual tokens are means over the decoder layers.")
+    if min(ours.entering, ours.after) >= theirs.visual_tokens:
+        say(f"Nothing was removed: the prompt has {theirs.visual_tokens:.0f} visual tokens, and all of them were kept.")
     if overlay is not None:
         say(f"Picture: {overlay}")
     write_json(json, result)

@@ -50,6 +50,8 @@ _ClickException: Any = typer.BadParameter.__mro__[2]  # typer carries its own co
 _INTERRUPTED = 130
 _BRIEF, _PATIENCE = 5.0, 30.0
 """Seconds between two lines of progress: at least, and at most."""
+_LONGEST = 900
+"""Characters of a complaint: a file may hold names of any length."""
 
 
 class CommandError(ValueError):
@@ -87,7 +89,10 @@ class OneLineGroup(TyperGroup):
 
 
 def _fail(message: str) -> NoReturn:
-    print("foveate:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    line = "".join(sign if sign.isprintable() else "\ufffd" for sign in " ".join(message.split()))
+    if len(line) > _LONGEST:  # what is wrong stands in front, what is known at the end
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print("foveate:", line, file=sys.stderr)  # noqa: T201
     sys.exit(2)
 
 

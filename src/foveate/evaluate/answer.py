@@ -17,9 +17,22 @@ from torch import nn
 
 from ..ops.logits import has_softmax
 from ..reduction import UnsupportedError
-from .data import Sample
+from .data import Sample, size_of
 
-__all__ = ["VLM", "Answers", "Batch", "ModelError", "answer", "batches", "groups", "load", "prefill_seconds", "quiet"]
+__all__ = [
+    "VLM",
+    "Answers",
+    "Batch",
+    "ModelError",
+    "answer",
+    "batches",
+    "check_device",
+    "groups",
+    "load",
+    "loading",
+    "prefill_seconds",
+    "quiet",
+]
 
 ZOO = "zoo:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -107,33 +120,53 @@ def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: s
         device: where to put them.
 
     Raises:
-        ModelError: nothing there, unreadable, or a model that takes no images.
+        ModelError: nothing there, damaged, a model that takes no images, or a device that cannot be used.
     """
     source = _locate(name)
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype}: known are {', '.join(_DTYPES)}")
-    with quiet():
+    check_device(device)
+    with quiet(), loading(name):
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-        try:
-            config = AutoConfig.from_pretrained(source)
-            if type(config) not in AutoModelForImageTextToText._model_mapping:
-                raise ModelError(
-                    f"model {name}: a {config.model_type!r} model takes no images, so nothing can be reduced"
-                )
-            model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=_DTYPES[dtype])
-            processor = AutoProcessor.from_pretrained(source)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            if isinstance(error, ModelError):
-                raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(f"model {name}: cannot be loaded ({reason[:300]})") from error
+        config = AutoConfig.from_pretrained(source)
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise ModelError(f"model {name}: a {config.model_type!r} model takes no images, so nothing can be reduced")
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=_DTYPES[dtype], output_loading_info=True
+        )
+        model, found = loaded
+        if absent := sorted(map(str, found["missing_keys"])):  # transformers would go on with random numbers
+            raise ModelError(f"model {name}: {len(absent)} of its weights are missing, {absent[0]} for one")
+        processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
         raise ModelError(f"model {name}: has no image processor beside its tokenizer")
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return VLM(name, model.eval().to(device), processor)
+    with loading(name):  # the device may be too small
+        return VLM(name, model.eval().to(device), processor)
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Whatever a damaged configuration, weight file or tokenizer makes of a library is one `ModelError`."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"model {name}: cannot be loaded ({reason[:300]})") from error
+
+
+def check_device(device: str) -> None:
+    """Raises `ModelError` unless torch can compute there."""
+    try:
+        torch.ones(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"device {device}: cannot be used ({reason[:200]})") from error
 
 
 def _locate(name: str) -> str:
@@ -145,12 +178,12 @@ def _locate(name: str) -> str:
             return str(zoo.path(name.removeprefix(ZOO)))
         except (KeyError, ValueError, OSError) as error:
             raise ModelError(f"model {name}: {error.args[-1] if error.args else 'not in the zoo'}") from error
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: no config.json in that folder")
         return str(path)
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"model {name}: a file; give the folder it lies in")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name}: no such folder")
@@ -189,7 +222,7 @@ def groups(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[list
     shapes: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
         length = len(vlm.tokenizer(vlm.prompt(sample.question)).input_ids)
-        shapes.setdefault((length, sample.image.size), []).append(index)
+        shapes.setdefault((length, size_of(sample)), []).append(index)
     for indices in shapes.values():
         for start in range(0, len(indices), size):
             yield indices[start : start + size]

@@ -1,34 +1,41 @@
 """Questions about images: the shipped data sets and local JSONL or Parquet files.
 
-Nothing is downloaded. Images of a local file are opened only for the samples that are drawn, but every line is checked.
+Nothing is downloaded. Every line of a local file is checked, and the head of each image that was drawn; an image is
+decoded when it is used.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..zoo.scenes import Sample, scenes
+from .images import DataError, StoredImage, open_image
+from .rows import file_rows
 
-__all__ = ["DATASETS", "DataError", "LabelledSample", "Sample", "choices_of", "load", "open_image", "references"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "LabelledSample",
+    "Sample",
+    "choices_of",
+    "load",
+    "open_image",
+    "references",
+    "size_of",
+]
 
 DATASETS = ("easy-vqa", "scenes")
 """Names `load` knows; anything else is a file."""
 
 _COLUMNS = ("image", "question", "answer")
-
-
-class DataError(ValueError):
-    """A data set or an image cannot be read. The message names the file and, where there is one, the line."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,26 @@ class LabelledSample(Sample):
 
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+
+
+class StoredSample(LabelledSample):
+    """A sample of a file. Its image is decoded when it is used, and may be shared with other samples."""
+
+    @property
+    def image(self) -> Image.Image:
+        """RGB, upright. Raises `DataError`, naming the line."""
+        image = self.__dict__["_image"]
+        return image.open() if isinstance(image, StoredImage) else image
+
+    @image.setter
+    def image(self, image: StoredImage | Image.Image) -> None:  # the frozen dataclass's own __init__ comes here
+        self.__dict__["_image"] = image
+
+
+def size_of(sample: Sample) -> tuple[int, int]:
+    """(width, height) of a sample's image, which need not be decoded for it."""
+    image = getattr(sample, "_image", None)
+    return image.size if isinstance(image, StoredImage) else sample.image.size
 
 
 def references(sample: Sample) -> tuple[str, ...]:
@@ -77,31 +104,12 @@ def load(name_or_path: str | Path, count: int | None = None, seed: int = 0) -> l
     if name == "scenes":
         return _scenes(count or 1000, seed)
     path = Path(name_or_path)
-    if not path.is_file():
-        raise DataError(f"data {name}: no such file, and no data set of that name (known: {', '.join(DATASETS)})")
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"data {name}: expected a .jsonl or .parquet file")
-    rows = list(readers[path.suffix.lower()](path))
+    rows = [(where, _checked(path, where, row)) for where, row in file_rows(path)]
     if not rows:
         raise DataError(f"data {name}: no rows")
     if count is not None and count < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]
     return [_sample(path, *row) for row in rows]
-
-
-def open_image(source: str | Path | bytes) -> Image.Image:
-    """An RGB image, upright, from a path or from encoded bytes. Raises `DataError`, naming the file."""
-    name = "its bytes" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise DataError(f"image {name}: no such file")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    # Pillow's decoders raise SyntaxError for some broken PNG files and a class of its own for huge ones.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if "cannot identify" in str(error) else str(error)
-        raise DataError(f"image {name}: cannot be read ({reason})") from error
 
 
 def _easyvqa(count: int | None, seed: int) -> list[Sample]:
@@ -122,36 +130,6 @@ def _scenes(count: int, seed: int) -> list[Sample]:
     return found[:count]
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data {path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"data {path}, {where}: not JSON ({error.msg} at column {error.colno})") from error
-        yield where, _checked(path, where, row)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(f"data {path}: Parquet needs pyarrow (pip install pyarrow)") from error
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"data {path}: cannot be read ({error})") from error
-    for number, row in enumerate(rows, 1):
-        where = f"row {number}"
-        yield where, _checked(path, where, row)
-
-
 def _checked(path: Path, where: str, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"data {path}, {where}: expected an object with {', '.join(_COLUMNS)}")
@@ -163,12 +141,22 @@ def _checked(path: Path, where: str, row: Any) -> Mapping[str, Any]:
             raise DataError(f"data {path}, {where}: no {column!r}")
     if not isinstance(row["question"], str) or not isinstance(row["answer"], str | int | float):
         raise DataError(f"data {path}, {where}: 'question' and 'answer' must be text")
+    if not _is_text(row["question"]) or not _is_text(str(row["answer"])):
+        raise DataError(f"data {path}, {where}: 'question' or 'answer' holds half a character (a lone surrogate)")
     if choices:
         right = _right_choice(row["answer"], choices)
         if right is None:
             raise DataError(f"data {path}, {where}: answer {row['answer']!r} is none of the 'choices'")
         row = {**row, "answer": choices[right]}
     return {**row, "answers": answers, "choices": choices}
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _texts(path: Path, where: str, row: Mapping[str, Any], column: str) -> tuple[str, ...]:
@@ -207,18 +195,13 @@ def _sample(path: Path, where: str, row: Mapping[str, Any]) -> Sample:
         source = path.parent / source
     if not isinstance(source, Path | bytes):
         raise DataError(f"data {path}, {where}: 'image' must be a path")
-    try:
-        image = open_image(source)
-    except DataError as error:
-        raise DataError(f"data {path}, {where}: {error}") from error
     named = row.get("image_id", row["image"])
-    common: dict[str, Any] = {
-        "image": image,
-        "question": _with_choices(row["question"], row["choices"]),
-        "answer": str(row["answer"]),
-        "kind": str(row.get("kind", "")),
-        "image_id": str(named) if isinstance(named, str | int) else where,
-    }
-    if row["answers"] or row["choices"]:
-        return LabelledSample(**common, answers=row["answers"], choices=row["choices"])
-    return Sample(**common)
+    return StoredSample(
+        image=StoredImage(source, f"{path}, {where}"),  # type: ignore[arg-type]
+        question=_with_choices(row["question"], row["choices"]),
+        answer=str(row["answer"]),
+        kind=str(row.get("kind", "")),
+        image_id=str(named) if isinstance(named, str | int) else where,
+        answers=row["answers"],
+        choices=row["choices"],
+    )

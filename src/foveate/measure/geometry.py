@@ -171,7 +171,7 @@ def _load(source: Any) -> tuple[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as a model config ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a model config must be a JSON object")

@@ -149,8 +149,8 @@ class CompanionSimilarity:
         try:
             model = AutoModel.from_pretrained(self.companion, dtype=torch.float32).to(device).eval()
             return self._loaded.setdefault(device, (model, AutoTokenizer.from_pretrained(self.companion)))
-        except (OSError, ValueError) as error:
-            first = (str(error).splitlines() or [""])[0]
+        except Exception as error:  # whatever a damaged file makes of a library
+            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise OptionError(f"{self.kind}={str(self.companion)!r} cannot be loaded: {first}") from error
 
     @torch.no_grad()

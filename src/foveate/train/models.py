@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluate.answer import ModelError, _locate, quiet
+from ..evaluate.answer import ModelError, _locate, loading, quiet
 from .vocabulary import Vocabulary, is_generic
 
 __all__ = ["ENCODERS", "Student", "check_task", "family_of", "known_labels", "load_encoder"]
@@ -69,11 +69,8 @@ def _config_of(name: str) -> tuple[str, dict[str, Any]]:
     from transformers import PreTrainedConfig
 
     source = _locate(name)
-    try:
-        with quiet():
-            return source, PreTrainedConfig.get_config_dict(source)[0]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {name}: its configuration cannot be read ({error})") from error
+    with quiet(), loading(name):
+        return source, PreTrainedConfig.get_config_dict(source)[0]
 
 
 def family_of(name: str) -> str:
@@ -104,7 +101,8 @@ def load_encoder(name: str, task: str, vocabulary: Vocabulary | None, seed: int 
     source, raw = _config_of(name)
     family = str(raw.get("model_type"))
     cls = _class_for(name, family, task, raw)
-    config = cls.config_class.from_pretrained(source)
+    with loading(name):
+        config = cls.config_class.from_pretrained(source)
     two_images = task == "nlvr2"
     if two_images:
         config.modality_type_vocab_size, config.num_images = 3, 2
@@ -112,16 +110,11 @@ def load_encoder(name: str, task: str, vocabulary: Vocabulary | None, seed: int 
         config.label2id = vocabulary.label2id
         config.id2label = {number: label for label, number in vocabulary.label2id.items()}
     torch.manual_seed(seed)
-    try:
-        with quiet():
-            model, loaded = cls.from_pretrained(
-                source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-            processor, image_processor, tokenizer = _processors(source)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"model {name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    with quiet(), loading(name):
+        model, loaded = cls.from_pretrained(
+            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        processor, image_processor, tokenizer = _processors(source)
     mismatched = sorted(key if isinstance(key, str) else key[0] for key in loaded.get("mismatched_keys", ()))
     fresh = sorted({*loaded["missing_keys"], *mismatched})
     if two_images and raw.get("modality_type_vocab_size", 2) < 3:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..evaluate.data import DataError, open_image
+from ..evaluate.images import DataError, open_image
+from ..evaluate.rows import file_rows
 
 __all__ = ["Row", "StoredRow", "read_rows"]
 
@@ -73,43 +74,10 @@ def read_rows(path: Path, task: str) -> list[StoredRow]:
     Raises:
         DataError: no such file, not readable, no rows, or a bad row, which is named.
     """
-    if not path.is_file():
-        raise DataError(f"data {path}: no such file, and no data set of that name (known: easy-vqa, scenes)")
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"data {path}: expected a .jsonl or .parquet file")
-    rows = [_stored(path, where, row, task) for where, row in readers[path.suffix.lower()](path)]
+    rows = [_stored(path, where, row, task) for where, row in file_rows(path)]
     if not rows:
         raise DataError(f"data {path}: no rows")
     return rows
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data {path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"data {path}, line {number}: not JSON ({error.msg} at column {error.colno})"
-                ) from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(f"data {path}: Parquet needs pyarrow (pip install 'foveate[train]')") from error
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"data {path}: cannot be read ({error})") from error
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
 
 
 def _stored(path: Path, where: str, row: Any, task: str) -> StoredRow:
@@ -136,7 +104,7 @@ def _picture(path: Path, place: str, source: Any) -> Path | bytes:
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str):
         source = path.parent / source
-        if not source.is_file():
+        if not os.path.isfile(source):
             raise DataError(f"data {place}: image {source}: no such file")
     if not isinstance(source, Path | bytes):
         raise DataError(f"data {place}: an image must be a path")

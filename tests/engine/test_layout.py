@@ -30,7 +30,13 @@ def layout_of(name, **options) -> tuple[Layout, dict, torch.Tensor]:
 
 def toy(model_type, **config) -> SimpleNamespace:
     """An anatomy that has a config and nothing else."""
-    return SimpleNamespace(base=object(), config=SimpleNamespace(model_type=model_type, **config))
+    return SimpleNamespace(
+        base=object(),
+        config=SimpleNamespace(model_type=model_type, **config),
+        vision_config=config.get("vision_config"),
+        video_token_id=config.get("video_token_id"),
+        resampler=None,
+    )
 
 
 def tower(**config) -> SimpleNamespace:

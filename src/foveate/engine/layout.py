@@ -7,7 +7,7 @@ in `families.images`. Nothing here is needed to run a model: an unknown family g
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +105,7 @@ class Layout:
         return all(image.known for images in self.images for image in images)
 
 
-def build_layout(anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> Layout:
+def build_layout(anatomy: Anatomy, visual: Tensor, info: dict[str, Any], items: Tensor | None = None) -> Layout:
     """The layout of a prompt. Never raises on odd input: what does not add up is described by contiguous runs.
 
     Args:
@@ -115,8 +115,10 @@ def build_layout(anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> Layo
             `image_grid_thw`, `video_grid_thw`, `image_sizes`, `batch_num_images`; `image_features`, the features as
             scattered (only their lengths are used); `pixel_values`, used (shrunk) to find out how the tiles of
             InternVL and Aya Vision lie, which nothing else in the inputs says: without it their `box` is None.
+        items: (B, S) long, what the caller numbers 1, 2, ... in a row: images of one number become one item, frames of
+            a video as a rule. None: as the inputs say.
     """
-    return Layout(visual, LayoutInputs.of(anatomy, visual, info))
+    return Layout(visual, LayoutInputs.of(anatomy, visual, info, items))
 
 
 # ------------------------------------------------------------------------------------------ patches onto the slots
@@ -128,6 +130,8 @@ def _lay_out(prompt: LayoutInputs) -> list[list[ImageLayout]]:
             raise ValueError("the images do not fill the visual slots")
     except Exception:  # foreign configs and inputs may be odd in any way; a guess is always possible
         laid = [_guess(run) for run in runs_of(prompt.visual)]
+    if prompt.items is not None:
+        laid = _by_item(laid, prompt.items)
     rows: list[list[ImageLayout]] = [[] for _ in range(prompt.rows)]
     for image in sorted(laid, key=lambda image: (image.row, int(image.slots[0]))):
         rows[image.row].append(image)
@@ -169,6 +173,33 @@ def _image(row: int, slots: list[int], pieces: list[Piece], known: bool = True) 
         if patches:
             blocks.append(Block(piece.kind, torch.tensor(patches), (height, width), piece.box))
     return ImageLayout(row, torch.tensor(slots), blocks, torch.tensor(newline, dtype=torch.long), known)
+
+
+def _by_item(laid: list[ImageLayout], items: Tensor) -> list[ImageLayout]:
+    """Images that the caller gave one number, as one; an image that he gave several, as contiguous runs of each."""
+    groups: dict[tuple[int, int], list[ImageLayout]] = {}
+    for image in laid:
+        numbers = items[image.row, image.slots].unique().tolist()
+        parts = [image]
+        if len(numbers) > 1:
+            alone = torch.zeros_like(items)
+            alone[image.row, image.slots] = items[image.row, image.slots]
+            parts = [_guess(run) for number in numbers for run in runs_of(alone == number)]
+        for part in parts:
+            groups.setdefault((part.row, int(items[part.row, part.slots[0]])), []).append(part)
+    return [_one(images) for images in groups.values()]
+
+
+def _one(images: list[ImageLayout]) -> ImageLayout:
+    """Images as one item, each of them a frame if they are whole."""
+    if len(images) == 1:
+        return images[0]
+    images = sorted(images, key=lambda image: int(image.slots[0]))
+    blocks = [block for image in images for block in image.blocks]
+    if len(blocks) == len(images):
+        blocks = [replace(block, kind="frame") for block in blocks]
+    slots, newline = (torch.cat([getattr(image, name) for image in images]) for name in ("slots", "newline"))
+    return ImageLayout(images[0].row, slots, blocks, newline, all(image.known for image in images))
 
 
 def _guess(run: Run) -> ImageLayout:

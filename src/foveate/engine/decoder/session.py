@@ -238,7 +238,7 @@ class DecoderSession(Session):
         rows, length = inputs.shape[:2]
         cache = given_cache(args, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        visual, _items = self._visual_slots(rows, length, past, kwargs)
+        visual, items = self._visual_slots(rows, length, past, kwargs)
         if visual is None:
             self._text_called(cache, rows, length, past, inputs.device)
             return
@@ -259,7 +259,7 @@ class DecoderSession(Session):
         call.reduced = True
         call.forward_pass = ForwardPass(
             self.anatomy, self.reducer, rows, length, past, tokens, visual,
-            build_layout(self.anatomy, visual, info), info, self._vision, cache, self._exclusive,
+            build_layout(self.anatomy, visual, info, items), info, self._vision, cache, self._exclusive,
             self._required(visual, length),
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ pieces (rectangles of patches); it raises whatever it likes if the inputs do not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -75,9 +76,14 @@ class LayoutInputs:
     info: dict[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None
     thumbs: Tensor | None = None
+    video_lengths: tuple[int, ...] | None = None
+    video_frames: tuple[int, int] | None = None
+    """Videos, and frames of each, where they come as (videos, frames, ...)."""
+    items: Tensor | None = None
+    """(B, S) long, 1, 2, ... for the items of a row, as the caller numbers them."""
 
     @classmethod
-    def of(cls, anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> LayoutInputs:
+    def of(cls, anatomy: Anatomy, visual: Tensor, info: dict[str, Any], items: Tensor | None = None) -> LayoutInputs:
         """Take what is needed out of `info`; no device sync."""
         names = (
             "input_ids",
@@ -92,13 +98,17 @@ class LayoutInputs:
         thumbs = None
         if getattr(anatomy.config, "model_type", "") in _PLACED_BY_PIXELS:
             thumbs = _shrink(info.get("pixel_values"))
-        return cls(anatomy, visual, kept, _lengths(info.get("image_features")), thumbs)
+        videos = info.get("pixel_values_videos")
+        frames = tuple(videos.shape[:2]) if isinstance(videos, Tensor) and videos.dim() == 5 else None
+        of_images, of_videos = (_lengths(info.get(name)) for name in ("image_features", "video_features"))
+        return cls(anatomy, visual, kept, of_images, thumbs, of_videos, frames, items)
 
     def on_cpu(self, visual: Tensor) -> LayoutInputs:
         """The same with all tensors on the CPU (the device syncs of a layout)."""
         info = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in self.info.items()}
         thumbs = None if self.thumbs is None else self.thumbs.cpu()
-        return replace(self, visual=visual.cpu(), info=info, thumbs=thumbs)
+        items = None if self.items is None else self.items.cpu()
+        return replace(self, visual=visual.cpu(), info=info, thumbs=thumbs, items=items)
 
     @property
     def rows(self) -> int:
@@ -194,8 +204,31 @@ def _squares(prompt: LayoutInputs) -> list[Stream]:
     tokens = getattr(prompt.config, "mm_tokens_per_image", None)
     if not tokens:
         tokens = prompt.lengths[0] if prompt.lengths and len(set(prompt.lengths)) == 1 else _tower_side(prompt) ** 2
-    slots = prompt.slots(prompt.visual)
-    return [(slots, [[Piece("base", _square(tokens))] for _ in range(_times(len(slots), tokens))])]
+    images, videos = modality(prompt.anatomy, prompt.visual, prompt.info)
+    slots, streams = prompt.slots(images), _frames(prompt, videos)
+    if slots:
+        streams.append((slots, [[Piece("base", _square(tokens))] for _ in range(_times(len(slots), tokens))]))
+    return streams
+
+
+def _frames(prompt: LayoutInputs, slots: Tensor) -> list[Stream]:
+    """Videos as whole frames: Video-LLaVA (class tokens are slots, too), LLaVA-NeXT-Video, LLaVA-OneVision (pooled
+    frames, a newline slot at the end)."""
+    if not bool(slots.any()):
+        return []
+    ends = [NEWLINE] if hasattr(prompt.anatomy.base, "apply_pooling") else []
+    if prompt.video_lengths is None or prompt.video_frames is None:
+        if not ends:
+            raise ValueError("frames are not told apart")
+        side = -(-_tower_side(prompt) // 2)
+        pooled = Piece("frame", (side, side))
+        runs = runs_of(slots)
+        return [(prompt.slots(slots), [[*[pooled] * _times(run.length - 1, side**2), *ends] for run in runs])]
+    videos, frames = prompt.video_frames
+    per_frame = _times(_times(sum(prompt.video_lengths), videos) - len(ends), frames)
+    has_class_token = math.isqrt(per_frame) ** 2 != per_frame
+    frame = [*[NEWLINE] * has_class_token, Piece("frame", _square(per_frame - has_class_token))]
+    return [(prompt.slots(slots), [[*frame * frames, *ends] for _ in range(videos)])]
 
 
 def _grids(prompt: LayoutInputs) -> list[Stream]:
@@ -225,12 +258,10 @@ def _anyres(prompt: LayoutInputs) -> list[Stream]:
     The model's own packing is run on coordinates in place of features, so every rounding in it is the model's.
     """
     image_slots, video_slots = modality(prompt.anatomy, prompt.visual, prompt.info)
-    streams = []
+    streams = _frames(prompt, video_slots)
     if bool(image_slots.any()):
         sizes, tiles = torch.as_tensor(prompt.info["image_sizes"]).tolist(), tiles_of(prompt.anatomy, prompt.info)
         streams.append((prompt.slots(image_slots), [_packed(prompt, size, n) for size, n in zip(sizes, tiles)]))
-    if bool(video_slots.any()):
-        streams.append((prompt.slots(video_slots), [_pooled_video(prompt, run) for run in runs_of(video_slots)]))
     return streams
 
 
@@ -242,12 +273,6 @@ def _packed(prompt: LayoutInputs, size: list[int], tiles: int) -> list[Piece]:
     if tiles == 1:
         return [whole, *[NEWLINE] * len(ends)]
     return [whole, Piece("tile", (len(ends), ends[0]), WHOLE, newlines=1)]
-
-
-def _pooled_video(prompt: LayoutInputs, run: Run) -> list[Piece]:
-    """LLaVA-OneVision: frames pooled 2 x 2, one newline slot at the end."""
-    side = -(-_tower_side(prompt) // 2)
-    return [Piece("frame", (side, side))] * _times(run.length - 1, side * side) + [NEWLINE]
 
 
 def _tiles_in_a_run(prompt: LayoutInputs) -> list[Stream]:

@@ -69,7 +69,8 @@ def test_comparison(vlm):
     seen = []
     rows = compare(vlm, sets, recipes, batch_size=4, timing_repeats=1, progress=lambda *at: seen.append(at))
     full, nothing, few = rows
-    assert seen[-1] == (72, 72)
+    assert (72, 72) in seen  # answers
+    assert seen[-1][0] == seen[-1][1] < 72  # times
     assert [row["id"] for row in rows] == ["full", "fastv@1", "random@4"]
     assert full["accuracy"] > 0.7
     assert full["accuracy"] == pytest.approx(sum(full["accuracy_by_data"].values()) / 2)

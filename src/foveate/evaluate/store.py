@@ -165,10 +165,14 @@ class Folder:
         found: dict[tuple[str, int], Record] = {}
         for path in self._shards():
             try:
-                rows = [Record.from_json(row) for row in journal.read(path)]
-            except (ValueError, TypeError) as error:
-                raise SweepError(f"{path}: cannot be read ({error})") from error
-            for record in rows:
+                rows = journal.read(path)
+            except ValueError as error:
+                raise SweepError(f"{path}, {error}") from error
+            for number, row in enumerate(rows, 1):
+                try:
+                    record = Record.from_json(row)
+                except (ValueError, TypeError) as error:
+                    raise SweepError(f"{path}, line {number}: cannot be read ({error})") from error
                 found.setdefault((record.recipe, record.sample), record)
         return found
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-oldest test-newest smoke-versions browser lint types structure zoo bench clean
+.PHONY: demo test fuzz test-oldest test-newest smoke-versions browser lint types structure zoo bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
@@ -26,6 +26,11 @@ test-oldest test-newest: test-%: .venv-%/.installed
 smoke-versions: .venv-oldest/.installed .venv-newest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(SMOKE)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 $(SMOKE)
+
+# Mixed requests, each row held against the same row alone: FUZZ_REQUESTS=20000 FUZZ_SEED=0 make fuzz. Goes on where it was
+# stopped; FUZZ_SHARD=0/2 and 1/2 share the work between two processes.
+fuzz: $(VENV)/.test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz
 
 # Chromium comes from the system: Debian's, installed here when missing and one may.
 browser: $(VENV)/.browser-installed

@@ -5,6 +5,7 @@ Which patches a visual token is made of is known to `families.tower`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -172,19 +173,17 @@ class VisionReader(Shared):
         read = next((p for p in patches.values() if p.features is not None), None)
         if module is None or read is None or read.features is None:
             return None
-        self._project_checked = True
         block, token = (int(i) for i in read.valid.nonzero()[0])
         row, slot = int(read.rows[block]), int(read.slots[block, token])
-        try:
-            with torch.no_grad():
-                projected = module(read.features[block, token][None, None])[0, 0]
-        except (RuntimeError, TypeError, ValueError):
-            return None
-        entered = hidden[row, slot].float()
-        # Half precision differs by more than an element-wise comparison would allow.
-        if projected.shape == entered.shape and (projected.float() - entered).norm() <= 0.02 * entered.norm():
-            self._project = module
-        return self._project
+        found, entered = None, hidden[row, slot].float()
+        with contextlib.suppress(RuntimeError, TypeError, ValueError), torch.no_grad():
+            projected = module(read.features[block, token][None, None])[0, 0]
+            # Half precision differs by more than an element-wise comparison would allow.
+            if projected.shape == entered.shape and (projected.float() - entered).norm() <= 0.02 * entered.norm():
+                found = module
+        # In this order: another thread that sees it checked must see what was found.
+        self._project, self._project_checked = found, True
+        return found
 
 
 def _lay(plan: TowerPlan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: Tensor) -> Patches:

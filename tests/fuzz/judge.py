@@ -124,7 +124,8 @@ def _run(model: Any, name: str, call: Call, session: Any) -> Answer:
         if "num_beams" in options:
             logits = None  # beams change places
     trace = None if session is None else session.trace
-    return Answer(logits, tokens, None if trace is None else trace.visual_tokens)
+    beams = (call.options or {}).get("num_beams", 1)  # the trace has a row for each
+    return Answer(logits, tokens, None if trace is None else trace.visual_tokens[::beams])
 
 
 def _reducer(request: Request) -> foveate.Reducer:
@@ -224,7 +225,7 @@ def _row_difference(
                 return f"logits of step {step} differ by {gap:.3g}"
             if sampled or answer.tokens[b, step] != alone.tokens[0, step]:
                 return ""  # a tie, or another draw: what follows does not compare
-        elif answer.tokens[b, step] != alone.tokens[0, step]:
+        elif not sampled and answer.tokens[b, step] != alone.tokens[0, step]:
             return f"token {step} is {int(answer.tokens[b, step])}, alone {int(alone.tokens[0, step])}"
     return ""
 

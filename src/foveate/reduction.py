@@ -186,14 +186,17 @@ class TapSpec:
     Attributes:
         queries: which rows. `"last"`: the last prompt token; `"text"`: every token that is not visual; `"text_after"`:
             text after the last visual token of its row; a BoolTensor (B, S); or a function of `View.state` that returns
-            one (for rows chosen at an earlier stage).
+            one (for rows chosen at an earlier stage). None: nothing is read in this layer.
         heads: `"mean"` averages the heads, `"none"` hands them over one by one.
         keep_qk: also hand over the queries of the rows and all keys, after RoPE.
+        ahead: `View.ahead` tells the row of the last token in the layer after the stage, before that layer runs. Only
+            for decoders of the plain kind (`Anatomy.plain_attention`).
     """
 
-    queries: str | Tensor | Callable[[dict[str, Any]], Tensor] = "last"
+    queries: str | Tensor | Callable[[dict[str, Any]], Tensor] | None = "last"
     heads: Literal["mean", "none"] = "mean"
     keep_qk: bool = False
+    ahead: bool = False
 
 
 @dataclass
@@ -311,6 +314,7 @@ class View:
         state: a method's own scratch space, fresh for each prefill.
         project: the model's projector on single features, (..., C) -> (..., D); None where a visual token is not the
             projection of one patch alone, so that merged features cannot be projected.
+        ahead: of `hidden` and `active`, the attention row of the last token in the next layer (`TapSpec.ahead`).
     """
 
     stage: int
@@ -324,6 +328,7 @@ class View:
     info: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     project: Callable[[Tensor], Tensor] | None = None
+    ahead: Callable[[Tensor, Tensor], Tap] | None = None
 
     @property
     def active_visual(self) -> Tensor:

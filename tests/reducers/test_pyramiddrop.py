@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import foveate
+from foveate.engine.decoder.ahead import next_layer_row
 from foveate.engine.families.parts import resolve
-from foveate.reducers.pyramiddrop import PyramidDrop, next_layer_row
+from foveate.reducers.pyramiddrop import PyramidDrop
 from tests import families
 from tests.reference.checks import assert_exact
 

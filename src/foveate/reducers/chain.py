@@ -44,9 +44,7 @@ class Chain(Reducer):
         vision_taps: dict[int, VisionSpec] = {}
         for i, member in enumerate(self.members):
             for layer, tap in member.taps.items():
-                tap = _with_own_state(tap, i)
-                if taps.setdefault(layer, tap) != tap:
-                    raise OptionError(f"two members of the Chain read decoder layer {layer} in different ways")
+                taps[layer] = _united(taps.get(layer), _with_own_state(tap, i), layer)
             for layer, spec in member.vision_taps.items():
                 vision_taps[layer] = _both(vision_taps[layer], spec, layer) if layer in vision_taps else spec
         towers = [member.tower for member in self.members if member.tower is not None]
@@ -63,7 +61,9 @@ class Chain(Reducer):
         for i, member in enumerate(self.members):
             if view.stage not in member.stages:
                 continue
-            own = replace(view, state=state.setdefault(str(i), {}))
+            tap = member.taps.get(view.stage)
+            ahead = view.ahead if tap is not None and tap.ahead else None
+            own = replace(view, state=state.setdefault(str(i), {}), ahead=ahead)
             decision = member.decide(own)
             if decision is None:
                 continue
@@ -78,6 +78,15 @@ def _with_own_state(tap: TapSpec, member: int) -> TapSpec:
     if not callable(queries):
         return tap
     return replace(tap, queries=lambda state: queries(state.setdefault(str(member), {})))
+
+
+def _united(a: TapSpec | None, b: TapSpec, layer: int) -> TapSpec:
+    ahead = b.ahead or (a is not None and a.ahead)
+    if a is None or a.queries is None or b.queries is None:
+        return replace(b if a is None or a.queries is None else a, ahead=ahead)
+    if replace(a, ahead=b.ahead) != b:
+        raise OptionError(f"two members of the Chain read decoder layer {layer} in different ways")
+    return replace(b, ahead=ahead)
 
 
 def _both(a: VisionSpec, b: VisionSpec, layer: int) -> VisionSpec:

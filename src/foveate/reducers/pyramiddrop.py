@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..ops.attention import attention_rows
-from ..ops.select import top_k_mask, true_indices
-from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, Tap, TapSpec, View, register
+from ..ops.select import top_k_mask
+from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, register
 from ._images import can_renumber, counts_per_row, truncated
 from ._layers import check_layers, resolve_layer
 
@@ -29,8 +27,6 @@ __all__ = ["PyramidDrop"]
 
 _LAYERS, _RATIOS = (8, 16, 24), (0.5, 0.25, 0.125)
 _FRACTIONS = (0.25, 0.5, 0.75)
-_PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
-"""Decoders whose queries and keys are projection, optional norm, and 1-D RoPE, in every layer."""
 
 
 @register(
@@ -107,9 +103,9 @@ class PyramidDrop(Reducer):
         self.stages = tuple(sorted({layer - 1 for layers in lists for layer in layers}))
         one_axis = not anatomy.mrope and hasattr(anatomy.decoder, "rotary_emb")
         self.positions = "renumber" if (can_renumber(anatomy) if self.renumber is None else self.renumber) else "keep"
-        plain = one_axis and anatomy.text_config.model_type in _PLAIN_ATTENTION
-        self._anatomy = anatomy if plain else None
-        self.taps = {} if plain else {stage: TapSpec(queries="last") for stage in self.stages}
+        plain = one_axis and anatomy.plain_attention
+        tap = TapSpec(queries=None, ahead=True) if plain else TapSpec(queries="last")
+        self.taps = dict.fromkeys(self.stages, tap)
 
     # ------------------------------------------------------------------------------------------------------ schedule
     def _plan(self, view: View) -> tuple[Tensor, Tensor, set[int]]:
@@ -145,25 +141,11 @@ class PyramidDrop(Reducer):
         eligible, here = view.active_visual, layers == layer
         target = torch.where(here, counts, 0).sum(1)
         target = torch.where(here.any(1), target, eligible.sum(1))
-        scores = self._scores(view, layer)
+        tap = view.tap if view.ahead is None else view.ahead(view.hidden, view.active)
+        assert tap is not None  # asked for in `prepare`
+        scores = tap.per_slot(view.active.shape[1])
         chosen = top_k_mask(scores, eligible, target)
         return Decision(keep=view.active & (chosen | ~view.visual), scores=scores)
-
-    # ------------------------------------------------------------------------------------------------------- ranking
-    def _scores(self, view: View, layer: int) -> Tensor:
-        """(B, S) attention of the last token."""
-        length = view.active.shape[1]
-        if self._anatomy is None:
-            assert view.tap is not None  # asked for in `prepare`
-            return view.tap.per_slot(length)
-        index, valid = true_indices(view.active, int(view.active.sum(1).max()))
-        hidden = view.hidden[torch.arange(len(index), device=index.device)[:, None], index]
-        positions = (valid.cumsum(1) - 1).clamp_min(0) if self.positions == "renumber" else index
-        with torch.no_grad():
-            weights = next_layer_row(self._anatomy, layer, hidden, positions, index, valid)
-        row_valid = torch.ones_like(valid[:, :1])
-        slots = torch.where(valid, index, -1)
-        return Tap(weights.mean(1), row_valid, index[:, -1:], slots).per_slot(length)
 
 
 def _are_falling(ratios: Any) -> bool:
@@ -207,42 +189,3 @@ def _pyramid(tokens: int, fraction: float, layers: tuple[int, ...], depth: int) 
         lower = counts[stage + 1] if stage + 1 < len(layers) else min(tokens, 1)
         counts[stage] = min(max(counts[stage] + round(missing / spans[stage]), lower), upper)
     return counts
-
-
-def next_layer_row(
-    anatomy: Anatomy, layer: int, hidden: Tensor, positions: Tensor, slots: Tensor, valid: Tensor
-) -> Tensor:
-    """The attention that a decoder layer of the plain kind would compute for the last of its inputs.
-
-    Args:
-        anatomy: of the model.
-        layer: number of the layer.
-        hidden: (B, n, D) its inputs, right-aligned.
-        positions: (B, n) for RoPE.
-        slots: (B, n) by which a sliding window counts.
-        valid: (B, n) bool, False for fillers.
-
-    Returns:
-        (B, H, 1, n) float32.
-    """
-    attention: Any = anatomy.attention(layer)
-    home, here = hidden.device, attention.q_proj.weight.device  # the layer may be on another device
-    cos, sin = (part.to(here) for part in anatomy.rotary(layer, hidden, positions))
-    hidden, slots, valid = hidden.to(here), slots.to(here), valid.to(here)
-    states = anatomy.layers[layer].input_layernorm(hidden)  # type: ignore[operator]
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-
-    def heads(projection: Any, norm: Any, x: Tensor) -> Tensor:
-        x = projection(x).unflatten(-1, (-1, attention.head_dim))
-        return (x if norm is None else norm(x)).transpose(1, 2)
-
-    last = states[:, -1:]
-    query = heads(attention.q_proj, getattr(attention, "q_norm", None), last)
-    key = heads(attention.k_proj, getattr(attention, "k_norm", None), states)
-    query = rotate(query, query, cos[:, -1:], sin[:, -1:])[0]
-    key = rotate(key[:, :1], key, cos, sin)[1]
-    window = anatomy.sliding_windows[layer]
-    allowed = valid if window is None else valid & (slots[:, -1:] - slots < window)
-    softcap = getattr(attention, "attn_logit_softcapping", None)
-    first = torch.zeros_like(slots[:, :1])
-    return attention_rows(query, key, first, allowed[:, None], None, attention.scaling, softcap).to(home)

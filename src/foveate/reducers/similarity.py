@@ -30,10 +30,8 @@ Question = str | Sequence[str] | Callable[[View], Sequence[str]]
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_PIXELS = {"siglip_vision_model": _HALF, "siglip": _HALF, "internvl_vision": _IMAGENET}
-"""Mean and deviation with which a tower's pixels are normalised, by its model type; CLIP's for all others."""
 _OWN_PIXELS = {"clip": _CLIP, "siglip": _HALF}
+"""Mean and deviation with which a companion's pixels are normalised."""
 _TURN_END = re.compile(r"\s*(?:<[^<>\s]+>\s*)*\b(?:ASSISTANT|assistant|model)\s*:?\s*$")
 
 
@@ -138,7 +136,7 @@ class CompanionSimilarity:
         self._model, self._words = pair
         if not (hasattr(self._model, "text_model") and hasattr(self._model, "vision_model")):
             raise OptionError(f"{self.kind}={type(self._model).__name__}: a CLIPModel or SiglipModel is needed")
-        self._vision = anatomy.vision_config
+        self._vision, self._pixels = anatomy.vision_config, anatomy.pixel_normalisation
 
     def _load(self, device: torch.device) -> tuple[Any, Any]:
         """Model and tokenizer on a device; copies of this scorer share them."""
@@ -220,7 +218,7 @@ class CompanionSimilarity:
         return torch.cat([self._fit(picture.float()[None], size) for picture in pictures])
 
     def _fit(self, picture: Tensor, size: int) -> Tensor:
-        theirs, ours = _PIXELS.get(getattr(self._vision, "model_type", ""), _CLIP), _OWN_PIXELS[self.kind]
+        theirs, ours = self._pixels, _OWN_PIXELS[self.kind]
         if theirs != ours:
             (mean, deviation), (to_mean, to_deviation) = picture.new_tensor([theirs, ours])[..., None, None]
             picture = (picture * deviation + mean - to_mean) / to_deviation

@@ -196,7 +196,8 @@ def skippable_layers(reducer: Reducer) -> int:
     Those before its first stage, and that of the stage itself unless the method reads its attention.
     """
     first = min(reducer.stages, default=BEFORE_LAYERS)
-    return first + (first not in reducer.taps) if first >= 0 else 0
+    read = first in reducer.taps and reducer.taps[first].queries is not None
+    return first + (not read) if first >= 0 else 0
 
 
 class _Scores(LogitsProcessor):

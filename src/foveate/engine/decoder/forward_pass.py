@@ -6,6 +6,7 @@ by slot and asks the method at its stages. Removed slots freeze at their last va
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from ..layout import Layout
 from ..stopwatch import deciding
 from ..trace import StageRecord, Trace
 from ..vision.reader import VisionReader
+from .ahead import read_ahead
 from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
 from .masks import Reach, reduced_mask
@@ -256,6 +258,9 @@ class ForwardPass:
             stage, hidden[:, :prompt].to(active.device), active, self.visual, self.tokens[:, :prompt], tap, patches,
             self.layout, self.info, self._state, project,
         )  # fmt: skip
+        spec = self.reducer.taps.get(stage)
+        if spec is not None and spec.ahead:
+            view.ahead = functools.partial(read_ahead, self.anatomy, stage + 1, positions=self._positions)
         decision = self.reducer.decide(view)
         if decision is None:
             decision = Decision()

@@ -87,8 +87,9 @@ class DecoderSession(Session):
             undo.pre_hook(layer, functools.partial(self._layer_called, i), with_kwargs=True)
             # First in line, so that every other hook sees the full frame.
             undo.hook(layer, functools.partial(self._layer_done, i), prepend=True)
-        for i in reducer.taps:
-            tap_attention(undo, parts.attention(i), functools.partial(self._attending, i))
+        for i, spec in reducer.taps.items():
+            if spec.queries is not None:
+                tap_attention(undo, parts.attention(i), functools.partial(self._attending, i))
         if reducer.vision_taps:
             self._vision = VisionReader(parts, dict(reducer.vision_taps))
             self._vision.install(undo)

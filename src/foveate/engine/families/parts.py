@@ -25,6 +25,12 @@ __all__ = ["Anatomy", "resolve"]
 
 _IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
 _VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
+_PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
+CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_PIXELS = {"siglip_vision_model": _HALF, "siglip": _HALF, "internvl_vision": _IMAGENET}
+"""Mean and deviation of a tower's pixels, by its model type; CLIP's for all others."""
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
@@ -107,6 +113,16 @@ class Anatomy:
     def mrope(self) -> bool:
         """Whether positions have several axes (Qwen-VL, GLM-4V): they cannot be renumbered on a line."""
         return hasattr(self.base, "get_rope_index")
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether queries and keys are projection, optional norm, and one-axis RoPE, in every decoder layer."""
+        return self.text_config.model_type in _PLAIN_ATTENTION
+
+    @property
+    def pixel_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation with which the pixels of the vision tower are normalised, by channel."""
+        return _PIXELS.get(getattr(self.vision_config, "model_type", ""), CLIP_PIXELS)
 
     def attention(self, layer: int) -> nn.Module:
         """Self-attention module of a decoder layer. Raises `UnsupportedError` if the layer has none."""

@@ -52,6 +52,7 @@ def run(
     from ..evaluate.compare import costs, prefill_times
     from ..view import overlay as draw
     from ..view import save
+    from ..view.seen import as_seen
 
     if method is None and recipe is None:
         method = "sparsevlm"
@@ -78,7 +79,8 @@ def run(
     if overlay is not None:
         title = f"{method}{'' if keep is None else f', keep {keep}'}"
         try:
-            save(draw(picture, trace, title=title, question=prompt, answers=(full, reduced), heat=heat), overlay)
+            shown = as_seen(picture, vlm.processor)
+            save(draw(shown, trace, title=title, question=prompt, answers=(full, reduced), heat=heat), overlay)
         except (ValueError, OSError) as error:
             raise CommandError(f"overlay {overlay}: {error}") from error
     result: dict[str, Any] = {

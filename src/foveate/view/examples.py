@@ -15,6 +15,7 @@ from ..evaluate.runner import Record
 from ..recipe import Recipe
 from .folder import AXES, Entry, Results
 from .patches import Panel, panels
+from .seen import as_seen
 
 __all__ = ["Change", "Example", "changes", "show"]
 
@@ -111,4 +112,4 @@ def show(vlm: VLM, change: Change, sample: Sample, max_new_tokens: int) -> Examp
     trace = session.trace
     if trace is None or not trace.stages or said.texts[0] != change.reduced.predicted:
         return None
-    return Example(change, panels([sample.image], trace, scores=True))
+    return Example(change, panels([as_seen(sample.image, vlm.processor)], trace, scores=True))

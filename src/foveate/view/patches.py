@@ -151,6 +151,8 @@ def canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layo
     known = layout.images[row] if layout is not None and row < len(layout.images) else []
     if not all(image.known and all(block.box is not None for block in image.blocks) for image in known):
         known = []
+    if len(known) > len(images) and not any(block.kind == "frame" for image in known for block in image.blocks):
+        known = []  # crops that the processor made of the images (Gemma 3): nobody says of what part
     pictures = iter(images)
     for number, laid_out in enumerate(known):
         frames = any(block.kind == "frame" for block in laid_out.blocks)
@@ -210,8 +212,13 @@ def stage_name(stage: int) -> str:
     return "before the LLM" if stage == BEFORE_LAYERS else f"after layer {stage}"
 
 
-def count_kept(trace: Trace, row: int, stage: int) -> tuple[int, int]:
-    return int(trace.kept(stage)[row].sum()), int((trace.visual & trace.tokens)[row].sum())
+def count_kept(trace: Trace, row: int, stage: int, cells: Sequence[Cell] | None = None) -> tuple[int, int]:
+    """Tokens kept, and tokens there were: of a row, or of the patches on one picture."""
+    kept, there = trace.kept(stage)[row].cpu(), (trace.visual & trace.tokens)[row].cpu()
+    if cells is None:
+        return int(kept.sum()), int(there.sum())
+    slots = [cell.slot for cell in cells]
+    return int(kept[slots].sum()), int(there[slots].sum())
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,7 @@ def panels(
         pixels = background(canvas)
         line = [Panel("image", canvas.label or "image", pixels)]
         for stage in stages:
-            kept, total = count_kept(trace, row, stage)
+            kept, total = count_kept(trace, row, stage, canvas.cells)
             painted = paint(pixels, canvas.cells, trace.origins(stage)[row].cpu())
             line.append(Panel("kept", f"{stage_name(stage)}: {kept} of {total} tokens", painted, stage))
         for stage in stages if scores else ():

@@ -99,7 +99,9 @@ class LayoutInputs:
         if getattr(anatomy.config, "model_type", "") in _PLACED_BY_PIXELS:
             thumbs = _shrink(info.get("pixel_values"))
         videos = info.get("pixel_values_videos")
-        frames = tuple(videos.shape[:2]) if isinstance(videos, Tensor) and videos.dim() == 5 else None
+        frames = None
+        if isinstance(videos, Tensor) and videos.dim() == 5:
+            frames = (videos.shape[0], videos.shape[1])
         of_images, of_videos = (_lengths(info.get(name)) for name in ("image_features", "video_features"))
         return cls(anatomy, visual, kept, of_images, thumbs, of_videos, frames, items)
 

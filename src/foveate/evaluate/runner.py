@@ -27,7 +27,7 @@ _NO_NUMBERS = "its logits are NaN or infinite"
 
 @dataclass(frozen=True)
 class Record:
-    """One contestant's answer to one sample; everything in it concerns that sample alone.
+    """One recipe's answer to one sample; everything in it concerns that sample alone.
 
     Attributes:
         recipe: its id; "contestant" in the file.

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.families import inputs
+from tests.reducers.encoders import encoder
+from tests.reducers.encoders import inputs as encoder_inputs
+from tests.reference.checks import build_once, footprint, generate, largest
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import foveate
 from foveate.reduction import Reducer
-from tests.families import inputs
-from tests.reducers.encoders import encoder
-from tests.reducers.encoders import inputs as encoder_inputs
-from tests.reference.checks import build_once, footprint, generate, largest
 
 KINDS: dict[str, Callable[[], Reducer]] = {
     "before the decoder": lambda: foveate.DivPrune(keep=0.4),

@@ -46,6 +46,7 @@ class DecoderSession(Session):
             raise OptionError(f"{type(reducer).__name__} is not a Reducer: it needs stages and decide(view)")
         self.given = _checked_visual(visual)
         self.anatomy = resolve(model, text_only=visual is not None)
+        self._facts = self.anatomy.without_weights()  # a kept trace must not keep the model
         super().__init__(self.anatomy.decoder)
         self._vision: VisionReader | None = None
         self._tower: TowerReduction | None = None
@@ -260,7 +261,7 @@ class DecoderSession(Session):
         call.reduced = True
         call.forward_pass = ForwardPass(
             self.anatomy, self.reducer, rows, length, past, tokens, visual,
-            build_layout(self.anatomy, visual, info, items), info, self._vision, cache, self._exclusive,
+            build_layout(self._facts, visual, info, items), info, self._vision, cache, self._exclusive,
             self._required(visual, length),
         )  # fmt: skip
 

@@ -69,7 +69,7 @@ Stream = tuple[list[tuple[int, int]], list[list[Piece]]]
 
 @dataclass(frozen=True)
 class LayoutInputs:
-    """What a layout is worked out from. Holds no features and no full-size pixels, so it may outlive the pass."""
+    """What a layout is worked out from. Holds no features and no full-size pixels: it outlives the pass."""
 
     anatomy: Any = None
     visual: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +93,19 @@ class Anatomy:
         return next(
             (v for v in (getattr(self.config, name, None) for name in _VIDEO_TOKEN_NAMES) if v is not None), None
         )
+
+    def without_weights(self) -> Anatomy:
+        """What can be asked without the model, for records that outlive it: configurations and methods of classes."""
+
+        def shell(module: Any) -> Any:
+            empty = type(module).__new__(type(module))
+            nn.Module.__init__(empty)
+            empty.config = module.config
+            return empty
+
+        made = replace(self, model=shell(self.model), base=shell(self.base), decoder=None, layers=(), vision=None)
+        made.__dict__["resampler"] = self.resampler
+        return made
 
     @cached_property
     def resampler(self) -> str | None:

@@ -361,7 +361,8 @@ class DecoderSession(Session):
             call.features = {}
         self._end("decoder")
         states = getattr(output, "hidden_states", None)
-        if trace is not None and states and done.first_frame is not None and states[0].shape[1] != done.length:
+        first = states[0] if states else None  # None where a caller asked for others only
+        if trace is not None and first is not None and done.first_frame is not None and first.shape[1] != done.length:
             # transformers records what layer 0 was given; callers expect the whole prompt there.
             output.hidden_states = (done.first_frame, *states[1:])
 

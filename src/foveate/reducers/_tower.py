@@ -15,7 +15,7 @@ from ..reduction import Budget, Decision, Patches, UnsupportedError, View, Visio
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
 
-__all__ = ["Blocks", "behind", "decide_at_home", "decide_in_order", "feature_layer", "states"]
+__all__ = ["Blocks", "attention_after", "decide_in_place", "decide_reordered", "feature_layer", "states"]
 
 
 def feature_layer(anatomy: Anatomy) -> int:
@@ -23,7 +23,7 @@ def feature_layer(anatomy: Anatomy) -> int:
     return anatomy.vision_layer
 
 
-def behind(features: int) -> tuple[int, dict[int, VisionSpec]]:
+def attention_after(features: int) -> tuple[int, dict[int, VisionSpec]]:
     """The layer that the features of layer `features` enter (itself, if it is the last), and what to read in both.
 
     PruMerge and Recoverable Compression take attention and keys from there.
@@ -140,7 +140,7 @@ def states(blocks: Blocks, layer: int) -> tuple[Tensor, Callable[[Tensor], Tenso
     return view.hidden[patches.rows[:, None], patches.slots.clamp_min(0)], lambda x: x
 
 
-def decide_at_home(
+def decide_in_place(
     blocks: Blocks, kept: Tensor, merged: Tensor, values: Tensor, owner: Tensor, scores: Tensor
 ) -> Decision:
     """Every token that stays lies in its own slot; merged ones overwrite theirs.
@@ -172,7 +172,7 @@ def decide_at_home(
     )
 
 
-def decide_in_order(
+def decide_reordered(
     blocks: Blocks, homes: Tensor, values: Tensor, key: Tensor, owner: Tensor, scores: Tensor
 ) -> Decision:
     """Contents are laid in an order of their own into the slots of `homes` and, for those without one, freed slots.
@@ -195,7 +195,7 @@ def decide_in_order(
     homes = homes | (spare & (spare.cumsum(1) <= (wanted - homes.sum(1))[:, None]))
     keep = view.active & (~view.visual | (blocks.per_slot(homes.float()) > 0))
     hosts = blocks.per_slot(homes.float()) > 0
-    # By row, then image, then key; images lie one behind the other in a row.
+    # By row, then image, then key; images lie one after the other in a row.
     block, column = (key >= 0).nonzero(as_tuple=True)
     order = key[block, column].argsort(stable=True)
     order = order[blocks.image[block[order]].argsort(stable=True)]

@@ -35,7 +35,7 @@ __all__ = ["DART"]
 class DART(Reducer):
     """Keep pivots and what is least similar to them; no attention is needed.
 
-    Pivots are the visual tokens, and the text tokens behind the first image, with the largest keys (L1 norm over all
+    Pivots are the visual tokens, and the text tokens after the first image, with the largest keys (L1 norm over all
     heads) in layer `layer` - 1. Visual pivots stay; then every pivot, visual ones first, by norm, takes an equal share
     of visual tokens with the lowest cosine to itself (hidden states after layer `layer` - 1, through the decoder's
     final norm). Images of one sample are one set. Positions are kept.
@@ -83,9 +83,9 @@ class DART(Reducer):
         assert view.tap.key is not None
         norms = view.tap.to_slots(view.tap.key.float().abs().sum((1, 3)), view.active.shape[1])
         visual = view.active_visual
-        behind = view.active & ~view.visual & (view.visual.cumsum(1) > 0)
+        after = view.active & ~view.visual & (view.visual.cumsum(1) > 0)
         image_pivots, image_exists = top_indices(norms, visual, self.pivot_image)
-        text_pivots, text_exists = top_indices(norms, behind, self.pivot_text)
+        text_pivots, text_exists = top_indices(norms, after, self.pivot_text)
         total = counts_per_row(self._budget, view)
         if not self.faithful:
             image_exists &= torch.arange(image_exists.shape[1], device=total.device) < total[:, None]

@@ -61,7 +61,7 @@ class EVS(Reducer):
         self.positions = renumber_if_possible(anatomy)
 
     def decide(self, view: View) -> Decision | None:
-        frames, behind = _frames(view)
+        frames, follows = _frames(view)
         if not len(frames.rows):
             return None
         units = normalize(take(view.hidden, frames).float(), dim=-1)
@@ -69,7 +69,7 @@ class EVS(Reducer):
         if not self.faithful:
             change = (change / _NOISE).round() * _NOISE
         scores = torch.full(frames.slots.shape, _FIRST, device=units.device)
-        scores[1:] = torch.where(behind[1:, None], change, _FIRST)
+        scores[1:] = torch.where(follows[1:, None], change, _FIRST)
         spread = frames.to_slots(torch.where(frames.valid, scores, 0.0), *view.active.shape)
         shown = frames.to_slots(frames.valid.float(), *view.active.shape) > 0
         videos = by_image(view)
@@ -101,5 +101,5 @@ def _frames(view: View) -> tuple[Patches, Tensor]:
     marks = [
         (b.kind == "frame", i > 0) for row in view.layout.images for image in row for i, b in enumerate(image.blocks)
     ]
-    is_frame, behind = (torch.tensor(part, dtype=torch.bool, device=blocks.rows.device) for part in zip(*marks))
-    return Patches(blocks.rows[is_frame], blocks.slots[is_frame], blocks.grid[is_frame]), behind[is_frame]
+    is_frame, follows = (torch.tensor(part, dtype=torch.bool, device=blocks.rows.device) for part in zip(*marks))
+    return Patches(blocks.rows[is_frame], blocks.slots[is_frame], blocks.grid[is_frame]), follows[is_frame]

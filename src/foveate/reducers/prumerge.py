@@ -28,7 +28,7 @@ from ..reduction import (
 )
 from ._images import renumber_if_possible
 from ._layers import check_flag
-from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
+from ._tower import Blocks, attention_after, decide_in_place, decide_reordered, feature_layer, states
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -44,7 +44,7 @@ class PruMerge(Reducer):
     """Important patches stay, and to each is added the attention-weighted sum of the pruned ones most similar to it.
 
     Important is what the CLS token attends to (without one: what gets most attention from all patches), in the layer
-    behind the features: the `keep` highest, or, without `keep`, those above the third quartile by more than 1.5
+    after that of the features: the `keep` highest, or, without `keep`, those above the third quartile by more than 1.5
     interquartile ranges, at least one, so that samples of a batch differ. Similarity is the cosine of that layer's
     keys. Merged features are projected and lie in the slot of the important patch. Where a visual token is made of
     several patches (Qwen-VL, InternVL), for which there is no official code, the visual tokens themselves are merged.
@@ -92,7 +92,7 @@ class PruMerge(Reducer):
     def prepare(self, anatomy: Anatomy) -> None:
         self.positions = renumber_if_possible(anatomy)
         self._features = feature_layer(anatomy)
-        self._keys, self.vision_taps = behind(self._features)
+        self._keys, self.vision_taps = attention_after(self._features)
 
     def decide(self, view: View) -> Decision | None:
         blocks = Blocks.of(view, self._budget)
@@ -140,7 +140,7 @@ class PruMerge(Reducer):
             kept = kept | (own == last)
             owner = torch.where(pruned & ((owner < 0) | (own == last)) & pooled[:, None], last, owner)
             overwritten, merged = torch.cat([overwritten, last], 1), torch.cat([merged, pool.to(merged.dtype)], 1)
-        return decide_at_home(blocks, kept, overwritten, project(merged), owner, attention)
+        return decide_in_place(blocks, kept, overwritten, project(merged), owner, attention)
 
     # --------------------------------------------------------------------------------------------- official
     def _official(self, blocks: Blocks) -> Decision:
@@ -172,7 +172,7 @@ class PruMerge(Reducer):
         key = torch.arange(valid.shape[0] * count, device=valid.device).view(-1, count)
         column = torch.arange(chosen.shape[1], device=valid.device).expand_as(chosen)
         owner = torch.full_like(valid, count - 1, dtype=torch.long).scatter(1, chosen, column)
-        return decide_in_order(blocks, homes, project(values), key, owner, attention)
+        return decide_reordered(blocks, homes, project(values), key, owner, attention)
 
 
 @register(

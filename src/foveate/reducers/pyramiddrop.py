@@ -126,7 +126,7 @@ class PyramidDrop(Reducer):
             return layers, [truncated(tokens, ratio) for ratio, _ in zip(self.ratios or _RATIOS, layers)]
         keep = self._budget.keep
         fraction = (tokens * keep if isinstance(keep, float) else counted) / max(tokens, 1)
-        # The first of the lists that leaves enough of the budget to the layers behind its first one.
+        # The first of the lists that leaves enough of the budget to the layers after its first one.
         possible = (layers for layers in self._lists if layers[0] / self._depth <= 0.6 * fraction)
         layers = next(possible, self._lists[-1])
         return layers, _pyramid(tokens, fraction, tuple(layers), self._depth)

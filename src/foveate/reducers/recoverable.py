@@ -28,7 +28,7 @@ from ..reduction import (
     register,
 )
 from ._images import renumber_if_possible
-from ._tower import Blocks, behind, decide_at_home, decide_in_order, feature_layer, states
+from ._tower import Blocks, attention_after, decide_in_place, decide_reordered, feature_layer, states
 from .similarity import Question, Scorer, choose_scorer, llm_similarity
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Recoverable(Reducer):
     rest, the most attended ones (as many as outliers) become centres: each is replaced by the attention-weighted mean
     of itself and its 32 nearest, by cosine of the keys plus `text_weight` times the similarity to the question. 4. One
     token, in the slot of the last patch that goes, is the weighted mean of the whole rest. Outliers have a local
-    outlier factor above 1.5. Attention and keys are those of the layer behind the features; without a CLS token,
+    outlier factor above 1.5. Attention and keys are those of the layer after that of the features; without a CLS token,
     attention received counts.
 
     Merged features are projected; where a visual token is made of several patches (Qwen-VL, InternVL) the visual tokens
@@ -123,7 +123,7 @@ class Recoverable(Reducer):
     def prepare(self, anatomy: Anatomy) -> None:
         self.positions = renumber_if_possible(anatomy)
         self._features = feature_layer(anatomy)
-        self._keys, self.vision_taps = behind(self._features)
+        self._keys, self.vision_taps = attention_after(self._features)
         if hasattr(self._score, "prepare"):
             self._score = bind(self._score, anatomy)
 
@@ -151,7 +151,7 @@ class Recoverable(Reducer):
         owner = torch.where((column >= 0) & ~is_home, overwritten.gather(1, column.clamp_min(0)), -1)
         owner = torch.where(found.main | is_home, own, owner)
         values = project(torch.cat([merged, extra], 1))
-        return decide_at_home(blocks, found.main | is_home, overwritten, values, owner, attention)
+        return decide_in_place(blocks, found.main | is_home, overwritten, values, owner, attention)
 
     def _official(self, blocks: Blocks, similarity: Tensor) -> Decision:
         read, valid = blocks.patches[self._keys], blocks.valid
@@ -177,4 +177,4 @@ class Recoverable(Reducer):
         column = torch.where(found.pooled, count - 1, -1)[:, None].repeat(1, tokens + 1)
         column = column.scatter(1, place, number)[:, :-1]
         homes = marked(source[:, :-1], tokens)
-        return decide_in_order(blocks, homes, project(values), key, column, attention)
+        return decide_reordered(blocks, homes, project(values), key, column, attention)

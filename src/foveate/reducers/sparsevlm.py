@@ -90,7 +90,7 @@ class SparseVLM(Reducer):
         variant: "1.5": fixed counts. "1.0": rank(P) * `scale` + `bias` tokens stay. "2.0" (SparseVLM+): attention is
             corrected for distance, some heads count, nothing is merged. "paper": `lam` * (Lv - rank(P)) go, each layer.
         faithful: the official code to the letter: layers 2, 6, 15 (1.0: and 19) and the counts of LLaVA-1.5-7B whatever
-            the model and the image, one rater threshold for the batch, 14 heads, no guard; in 1.x merged tokens behind
+            the model and the image, one rater threshold for the batch, 14 heads, no guard; in 1.x merged tokens after
             the kept ones, and renumbered positions. `keep`: 192, 128, 96 or 64 (1.0: not 96; any if `scale` is given).
         layers: decoder layers after which tokens go: ints, or fractions of the depth. None: 2, 6, 15 of 32 (1.0: and
             19; paper: all), the first one replaced by 0 where `keep` needs it.
@@ -104,8 +104,8 @@ class SparseVLM(Reducer):
         isolation: delta of the densest token: the largest distance of the "sample" (code) or of that "token" (paper).
         normalise: divide distances by sqrt(hidden size) (code; not in the paper).
         rater_threshold: relevance "greater" than the mean (code) or "greater_equal" (paper, eq. 5).
-        rank_rows: P has a row for each of the "raters" (code) or for all "text" behind the image (paper).
-        score_rows: a score is the mean over the "raters" or over all "text" behind the image.
+        rank_rows: P has a row for each of the "raters" (code) or for all "text" after the image (paper).
+        score_rows: a score is the mean over the "raters" or over all "text" after the image.
         scale: of 1.0; None: as `keep` needs it (faithful: the official pair of scale and bias).
         bias: of 1.0; None: 0.
         lam: lambda of "paper", in (0, 1]; None: as `keep` needs it.
@@ -233,16 +233,16 @@ class SparseVLM(Reducer):
         slots = torch.arange(view.active.shape[1], device=view.active.device)
         visual, text = view.active_visual, view.active & ~view.visual
         last = slots == (view.active * slots).amax(1, keepdim=True)
-        behind = text & (slots > (visual * slots).amax(1, keepdim=True))
-        behind = torch.where(behind.any(1, keepdim=True), behind, last) & visual.any(1, keepdim=True)
+        after = text & (slots > (visual * slots).amax(1, keepdim=True))
+        after = torch.where(after.any(1, keepdim=True), after, last) & visual.any(1, keepdim=True)
         number = visual.sum(1)
         counted = counts_per_row(self.budget, view) if isinstance(self.budget.keep, int) else number
-        facts = torch.stack([number, behind.sum(1), counted], 1).tolist()
+        facts = torch.stack([number, after.sum(1), counted], 1).tolist()
         plans: list[Plan] = [self._rules.plan(tokens, left) for tokens, _, left in facts]
-        view.state.update(plans=plans, rules={}, last=last, raters=behind)
+        view.state.update(plans=plans, rules={}, last=last, raters=after)
         if any(plan.layers for plan in plans):
             image, image_valid = true_indices(visual, max(fact[0] for fact in facts))
-            words, words_valid = true_indices(behind, max(fact[1] for fact in facts))
+            words, words_valid = true_indices(after, max(fact[1] for fact in facts))
             row = torch.arange(len(plans), device=slots.device)[:, None]
             seen, said = view.hidden[row, image], view.hidden[row, words]
             relevance = raters.text_relevance(seen, said, image_valid, words_valid)
@@ -250,9 +250,9 @@ class SparseVLM(Reducer):
             found, _ = raters.rater_mask(relevance, words_valid, inclusive, shared=self.faithful)
             # A question all of whose words are equally relevant has no rater: all of them rate.
             found = torch.where(found.any(1, keepdim=True), found, words_valid)
-            view.state["raters"] = torch.zeros_like(behind).scatter(1, words, found)
+            view.state["raters"] = torch.zeros_like(after).scatter(1, words, found)
         everything = "text" in (self.choice("score_rows"), self._rank_rows)
-        rows = behind if everything else view.state["raters"]
+        rows = after if everything else view.state["raters"]
         # Samples that lose nothing at a stage have no row read there.
         acting = [[stage in plan.layers for stage in self.stages] for plan in plans]
         acts = torch.tensor(acting, device=slots.device).T[..., None]

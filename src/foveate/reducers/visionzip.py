@@ -29,7 +29,7 @@ from ..reduction import (
     register,
 )
 from ._images import renumber_if_possible
-from ._tower import Blocks, decide_at_home, decide_in_order, feature_layer, states
+from ._tower import Blocks, decide_in_place, decide_reordered, feature_layer, states
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -116,7 +116,7 @@ class VisionZip(Reducer):
         is_target = marked(targets, kept.shape[1])
         owner = torch.where(assigned >= 0, place, torch.where(kept | is_target, own, -1))
         merged = torch.where((assigned >= 0).any(1, keepdim=True), targets, -1)
-        return decide_at_home(blocks, kept | is_target, merged, project(values), owner, scores)
+        return decide_in_place(blocks, kept | is_target, merged, project(values), owner, scores)
 
     def _official(
         self, blocks: Blocks, scores: Tensor, metric: Tensor, x: Tensor, dominant: Tensor, contextual: Tensor
@@ -146,7 +146,7 @@ class VisionZip(Reducer):
             column = column.scatter(1, torch.where(part < 0, kept.shape[1], part), number)
         owner = torch.where(assigned >= 0, assigned + 1 + n, column[:, :-1])
         homes = kept | (valid & (column[:, :-1] > n))
-        return decide_in_order(blocks, homes, view.project(values.to(x.dtype)), key, owner, scores)
+        return decide_reordered(blocks, homes, view.project(values.to(x.dtype)), key, owner, scores)
 
     def _order(self, blocks: Blocks, chosen: Tensor, targets: Tensor) -> Tensor:
         """Place of [CLS, dominant, contextual] in the official order of the image: (I, 1 + D + T), -1 for padding."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 import foveate
 from foveate.evaluate.answer import ModelError, answer, batches, load
@@ -114,6 +115,16 @@ def test_costs_follow_the_trace(vlm):
     assert full.kv_bytes == per_token * 6 * (196 + text)
     assert ours.kv_bytes == per_token * (3 * 196 + 6 * text)
     assert (ours.entering, ours.after) == (98, pytest.approx(196 * 2 / 6))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"), [(hf.BertConfig(), "takes no images"), (hf.ViltConfig(), "sees images but generates no text"),
+                        (hf.CLIPConfig(), "sees images but generates no text")]
+)  # fmt: skip
+def test_models_that_cannot_be_asked(config, why, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"a '{config.model_type}' model {why}"):
+        load(str(tmp_path))
 
 
 def test_models_that_are_not_there(tmp_path):

@@ -23,6 +23,17 @@ def test_mixed_requests(number: int):
     assert sum(verdict.outcome == "ok" for _, verdict in found) > 20
 
 
+FOUND = [
+    Request("llava", "dart", {"keep": 17, "layer": 4, "faithful": True}, (Call((Row(2), Row(), Row(seed=3))),)),
+]
+"""Requests that were wrong once, as small as they could be made."""
+
+
+@pytest.mark.parametrize("request_", FOUND, ids=lambda each: f"{each.family}-{each.method}")
+def test_what_was_wrong_once(request_: Request):
+    assert judge(request_) == Verdict("ok")
+
+
 def test_the_same_number_makes_the_same_requests():
     def no_run(request: Request) -> Verdict:
         return Verdict("ok")

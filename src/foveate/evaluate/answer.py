@@ -131,7 +131,7 @@ def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: s
 
         config = AutoConfig.from_pretrained(source)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
-            raise ModelError(f"model {name}: a {config.model_type!r} model takes no images, so nothing can be reduced")
+            raise ModelError(f"model {name}: a {config.model_type!r} model {_why_not(config)}")
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source, config=config, dtype=_DTYPES[dtype], output_loading_info=True
         )
@@ -167,6 +167,16 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"device {device}: cannot be used ({reason[:200]})") from error
+
+
+def _why_not(config: Any) -> str:
+    """Why a model that is no `*ForConditionalGeneration` with images cannot be asked."""
+    import transformers
+
+    tasks = ("VisualQuestionAnswering", "ImageClassification", "ZeroShotImageClassification")
+    if any(type(config) in getattr(transformers, f"AutoModelFor{task}")._model_mapping for task in tasks):
+        return "sees images but generates no text, so it cannot be asked here; foveate.apply serves it in Python"
+    return "takes no images, so nothing can be reduced"
 
 
 def _locate(name: str) -> str:

@@ -91,7 +91,9 @@ class DART(Reducer):
             image_exists &= torch.arange(image_exists.shape[1], device=total.device) < total[:, None]
         pivots, exists = torch.cat([image_pivots, text_pivots], 1), torch.cat([image_exists, text_exists], 1)
         if self.faithful:
-            pivots, takes = self._official(pivots, exists, visual)
+            first = view.tokens.int().argmax(1, keepdim=True)  # slots are counted without the padding
+            pivots, takes = self._official(pivots - first, exists, visual)
+            pivots = pivots + first
         else:
             takes = _equal_shares(total - image_exists.sum(1), exists)
         kept = torch.zeros_like(visual).scatter(1, image_pivots, image_exists)

@@ -208,14 +208,14 @@ class DecoderSession(Session):
         unseen = self.given is None and self.anatomy.placeholders_by_id
         if unseen and carries_images(kwargs):
             call.placeholders = self.anatomy.find_placeholders(ids, kwargs.get("inputs_embeds"))
-            # Phi-4-multimodal is handed the prompt's pixels at every step.
-            call.reduced = call.placeholders is not None and not bool(call.placeholders.any())
 
     def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._closed:
             return
         call = self._call
         unseen = output is not None and carries_images(call.given) and not call.reduced
+        if unseen and call.placeholders is not None:  # Phi-4-multimodal is handed the prompt's pixels at every step
+            unseen = bool(call.placeholders.any())
         call.given, call.placeholders, call.inside = {}, None, False
         self._end("base")
         if unseen:

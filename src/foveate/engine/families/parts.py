@@ -229,17 +229,17 @@ class Anatomy:
         if slots is None or input_ids is None or input_ids.shape != slots.shape:
             return slots
         placeholders = self.find_placeholders(input_ids, None)
-        assert placeholders is not None
-        return slots & placeholders.to(slots.device)
+        return slots if placeholders is None else slots & placeholders.to(slots.device)
 
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
         """Placeholder slots by id, or by embedding where only embeddings are given: (B, S) bool."""
-        if input_ids is not None:
-            return torch.isin(input_ids, torch.tensor(self.image_token_ids, device=input_ids.device))
-        if inputs_embeds is None:
+        if input_ids is not None:  # one by one: torch.isin waits for the device
+            found = [input_ids == i for i in self.image_token_ids]
+        elif inputs_embeds is not None:
+            table = self.model.get_input_embeddings().weight
+            found = [(inputs_embeds == table[i].to(inputs_embeds)).all(-1) for i in self.image_token_ids]
+        else:
             return None
-        table = self.model.get_input_embeddings().weight
-        found = [(inputs_embeds == table[i].to(inputs_embeds)).all(-1) for i in self.image_token_ids]
         return torch.stack(found).any(0) if found else None
 
 

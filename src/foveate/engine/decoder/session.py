@@ -360,11 +360,8 @@ class DecoderSession(Session):
         if not call.generating:  # inside generate() the features of the prompt may be needed once more
             call.features = {}
         self._end("decoder")
-        states = getattr(output, "hidden_states", None)
-        first = states[0] if states else None  # None where a caller asked for others only
-        if trace is not None and first is not None and done.first_frame is not None and first.shape[1] != done.length:
-            # transformers records what layer 0 was given; callers expect the whole prompt there.
-            output.hidden_states = (done.first_frame, *states[1:])
+        if done is not None and done.first_frame is not None:
+            _show_whole_prompt(output, done.first_frame)
 
     # --------------------------------------------------------------------------------------------------- the layers
     def _layer_called(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -387,6 +384,13 @@ def _watched(layer: nn.Module, ours: frozenset[int]) -> bool:
     return any(
         key not in ours and getattr(hook, "__name__", "") != "output_capturing_hook" for key, hook in hooks.items()
     )
+
+
+def _show_whole_prompt(output: Any, frame: Tensor) -> None:
+    """transformers records what layer 0 was given; callers expect the whole prompt there."""
+    states: Any = getattr(output, "hidden_states", None)
+    if states and states[0] is not None and states[0].shape[1] != frame.shape[1]:
+        output.hidden_states = (frame, *states[1:])
 
 
 def _refuse_compiling() -> None:

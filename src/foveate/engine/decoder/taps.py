@@ -142,7 +142,8 @@ def read_rows(
     tap = Tap(weights, row_valid, slots, keys, picked, key if spec.keep_qk else None)
     if home == here:
         return tap
-    return Tap(**{name: None if value is None else value.to(home) for name, value in vars(tap).items()})
+    moved: dict[str, Any] = {name: None if value is None else value.to(home) for name, value in vars(tap).items()}
+    return Tap(**moved)
 
 
 def counted_from_first(module: nn.Module, tap: Tap, rope: Any, first: Tensor) -> None:

@@ -98,7 +98,7 @@ class Anatomy:
         """What can be asked without the model, for records that outlive it: configurations and methods of classes."""
 
         def shell(module: Any) -> Any:
-            empty = type(module).__new__(type(module))
+            empty = object.__new__(type(module))
             nn.Module.__init__(empty)
             empty.config = module.config
             return empty

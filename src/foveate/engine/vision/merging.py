@@ -298,7 +298,8 @@ class TowerReduction(Shared):
         """Keep a matching for as long as the graph of the layer's output lives."""
         if hidden.grad_fn is None:
             return
-        hidden.grad_fn.metadata["foveate_merge"] = merge
+        kept_with_node: Any = hidden.grad_fn.metadata
+        kept_with_node["foveate_merge"] = merge
         alive = [reference for reference in self._merges.get(layer, ()) if reference() is not None]
         self._merges[layer] = [*alive, weakref.ref(merge)]
 

@@ -1,4 +1,4 @@
-"""Pieces of a self-contained page: escaped text, sortable tables, pictures as data URIs."""
+"""Pieces of a self-contained page, as data for its templates: tables, cells, pictures as data URIs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,38 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["Cell", "Head", "figure_uri", "image", "jpeg_uri", "paragraph", "percent", "table"]
+__all__ = ["Cell", "Chip", "Head", "Picture", "Section", "Table", "figure_uri", "jpeg_uri", "percent"]
+
+
+class Section(NamedTuple):
+    """A section of the page: its parts are (name of a macro in `templates/parts.html`, what it shows)."""
+
+    anchor: str
+    title: str
+    parts: Sequence[tuple[str, Any]]
+
+
+class Picture(NamedTuple):
+    """A picture as a data URI, `dark` for those who read light on dark."""
+
+    uri: str
+    alt: str
+    dark: str = ""
+
+
+class Chip(NamedTuple):
+    """A small label within a cell; `title` is shown on hovering."""
+
+    text: str
+    css: str
+    title: str
 
 
 Head = str | tuple[str, str]
@@ -26,12 +49,12 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: shown, escaped.
+        text: what it says.
         order: what the column is sorted by, `text` if None.
-        small: a second line.
+        small: a second line, of class `small_css`.
         style, css: inline style and classes.
         title: shown on hovering.
-        html: shown instead of `text`, as it is; must have been escaped.
+        chips: shown instead of `text`.
     """
 
     text: str
@@ -40,70 +63,42 @@ class Cell:
     style: str = ""
     css: str = ""
     title: str = ""
-    html: str | None = None
+    chips: tuple[Chip, ...] = ()
+    small_css: str = ""
 
-    def render(self) -> str:
-        """As HTML, the first column of a row excepted."""
-        return f"<td{self.attributes()}>{self.content()}</td>"
 
-    def attributes(self) -> str:
-        """The attributes of its element, each with a space before it."""
-        known = {"class": self.css, "style": self.style, "title": self.title}
-        if self.order is not None:
-            known["data-order"] = str(self.order)
-        return "".join(f' {name}="{escape(value)}"' for name, value in known.items() if value)
+class Column(NamedTuple):
+    """The head of a column; `left` where its words are flush left."""
 
-    def content(self) -> str:
-        """What stands in it."""
-        shown = escape(self.text) if self.html is None else self.html
-        return shown + (f"<small>{escape(self.small)}</small>" if self.small else "")
+    text: str
+    small: str
+    left: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of each row names the row.
+
+    Attributes:
+        label: what it holds, for those who cannot see it.
+    """
+
+    heads: Sequence[Head]
+    rows: Sequence[Sequence[Cell]]
+    label: str
+    css: str = ""
+
+    @property
+    def columns(self) -> list[Column]:
+        """The heads, with what the first row says about them."""
+        first = self.rows[0] if self.rows else [Cell("")] * len(self.heads)
+        heads = [(head, "") if isinstance(head, str) else head for head in self.heads]
+        return [Column(*head, cell.css in ("left", "words")) for head, cell in zip(heads, first, strict=True)]
 
 
 def percent(value: float | None, digits: int = 1) -> Cell:
     """A share as per cent; a dash where it is not known."""
     return Cell("-", -1.0) if value is None else Cell(f"{value:.{digits}%}", value)
-
-
-def paragraph(text: str, css: str = "") -> str:
-    """A paragraph of plain text."""
-    return f"<p{f' class={chr(34)}{escape(css)}{chr(34)}' if css else ''}>{escape(text)}</p>"
-
-
-def table(heads: Sequence[Head], rows: Sequence[Sequence[Cell]], label: str, css: str = "") -> str:
-    """A table that can be sorted by any column, and be scrolled sideways where there is no room.
-
-    Args:
-        heads: of the columns.
-        rows: the first cell names the row.
-        label: what the table holds, for those who cannot see it.
-    """
-    wordy = [cell.css in ("left", "words") for cell in rows[0]] if rows else [False] * len(heads)
-    head = "".join(
-        f'<th scope="col"{" class=left" if flush else ""}>{_head(each)}</th>'
-        for each, flush in zip(heads, wordy, strict=True)
-    )
-    body = "".join(
-        f'<tr><th scope="row"{first.attributes()}>{first.content()}</th>{"".join(cell.render() for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="sortable {css}">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _head(head: Head) -> str:
-    text, small = (head, "") if isinstance(head, str) else head
-    return escape(text) + (f"<small>{escape(small)}</small>" if small else "")
-
-
-def image(uri: str, alt: str, dark: str | None = None, width: int | None = None) -> str:
-    """A picture that is part of the page. `dark` is shown to those who read light on dark."""
-    size = f' width="{width}"' if width else ""
-    shown = f'<img src="{uri}" alt="{escape(alt)}" loading="lazy"{size}>'
-    if dark is None:
-        return shown
-    return f'<picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">{shown}</picture>'
 
 
 def figure_uri(figure: Figure, name: str) -> str:

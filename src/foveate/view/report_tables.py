@@ -1,17 +1,16 @@
-"""The tables of the report, each from the results to HTML."""
+"""The tables of the report, each from the results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from html import escape
 from typing import Any
 
 from ..evaluate.grid import FULL
 from .findings import Versus, best_per_budget, versus_baselines
 from .folder import AXES, Entry, Results
 from .kinds import loss_by_kind, signed_points
-from .page import Cell, Head, percent, table
+from .page import Cell, Chip, Head, Table, percent
 
 __all__ = [
     "ABOUT_KINDS",
@@ -55,8 +54,7 @@ def _method(entry: Entry) -> Cell:
     options = " ".join(f"{name}={value}" for name, value in (entry.row.get("options") or {}).items())
     seeds = f"{len(entry.seeds)} seeds" if len(entry.seeds) > 1 else ""
     small = ", ".join(part for part in (options, seeds) if part)
-    shown = escape(entry.method) + (f'<small class="options">{escape(small)}</small>' if small else "")
-    return Cell(entry.label, f"{entry.name} {_budget(entry.keep):08.3f}", html=shown)
+    return Cell(entry.method, f"{entry.name} {_budget(entry.keep):08.3f}", small, small_css="options")
 
 
 def _budget(keep: int | float | None) -> float:
@@ -98,8 +96,8 @@ def _everyone(results: Results) -> list[Entry]:
 
 
 # ----------------------------------------------------------------------------------------------------- what was run
-def facts(results: Results) -> str:
-    """Model, data, machine and time, as a list of terms."""
+def facts(results: Results) -> dict[str, str]:
+    """Model, data, machine and time, by what they are called."""
     plan = results.plan
     groups = results.groups("data")
     seeds = sorted({c.seed for c in plan.recipes if c.seed is not None})
@@ -116,11 +114,10 @@ def facts(results: Results) -> str:
         "started": f"{results.started:%Y-%m-%d %H:%M} UTC",
         "finished": f"{results.ended:%Y-%m-%d %H:%M} UTC" if results.ended else "not yet",
     }
-    body = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in lines.items() if text)
-    return f'<dl class="facts">{body}</dl>'
+    return {name: text for name, text in lines.items() if text}
 
 
-def progress(results: Results) -> str:
+def progress(results: Results) -> Table:
     """How far each recipe of an unfinished sweep is, and how it does on the same questions as the full model."""
     found = []
     for recipe in results.plan.recipes:
@@ -131,17 +128,17 @@ def progress(results: Results) -> str:
         done = Cell(f"{len(answered):,} of {len(results.samples):,}", len(answered))
         found.append([Cell(recipe.id), done, percent(ours), percent(full)])
     heads = ["setting", "answered", "score until now", "full model on the same"]
-    return table(heads, found, "Answers until now")
+    return Table(heads, found, "Answers until now")
 
 
-def reasons(known: Mapping[str, str], label: str) -> str:
+def reasons(known: Mapping[str, str], label: str) -> Table:
     """Settings without numbers, by id, and why."""
     found = [[Cell(setting), Cell(reason, css="words")] for setting, reason in known.items()]
-    return table(["setting", "why"], found, label)
+    return Table(["setting", "why"], found, label)
 
 
 # --------------------------------------------------------------------------------------------------------- results
-def best(results: Results) -> str:
+def best(results: Results) -> Table:
     """The most accurate method at each budget, and who is not shown to be worse."""
     found = []
     for each in best_per_budget(results):
@@ -162,10 +159,10 @@ def best(results: Results) -> str:
         "keep", "most accurate", "accuracy", ("against full", "points"), ("FLOPs", "with tower"),
         ("prefill ms", "of full"), ("not shown to be worse", "paired, Holm, 5 %"),
     ]  # fmt: skip
-    return table(heads, found, "The most accurate method at each budget")
+    return Table(heads, found, "The most accurate method at each budget")
 
 
-def rows(results: Results) -> str:
+def rows(results: Results) -> Table:
     """Every setting with everything measured."""
     found = []
     for entry in _everyone(results):
@@ -191,10 +188,10 @@ def rows(results: Results) -> str:
         "KL", ("tokens", "entering, after"), ("FLOPs", "all, decoder"), "KV",
         ("prefill ms", "of full"), ("front", "against"),
     ]  # fmt: skip
-    return table(heads, found, "All settings")
+    return Table(heads, found, "All settings")
 
 
-def by_data(results: Results) -> str:
+def by_data(results: Results) -> Table:
     """Accuracy on each data set."""
     names = list(results.groups("data"))
     found = [
@@ -202,10 +199,10 @@ def by_data(results: Results) -> str:
         for entry in _everyone(results)
     ]
     heads = [(name, f"{len(numbers):,} questions") for name, numbers in results.groups("data").items()]
-    return table(["method", "keep", *heads], found, "Accuracy by data set")
+    return Table(["method", "keep", *heads], found, "Accuracy by data set")
 
 
-def by_kind(results: Results) -> str:
+def by_kind(results: Results) -> Table:
     """Accuracy lost on each kind of question, as a heat table."""
     losses = loss_by_kind(results, results.entries)
     most = max((abs(loss) for line in losses for loss, _ in line.values()), default=0.0) or 1.0
@@ -220,37 +217,35 @@ def by_kind(results: Results) -> str:
             )
         found.append([_method(entry), _keep(entry), *cells])
     heads = [(kind, f"{len(numbers):,} questions") for kind, numbers in results.groups("kind").items()]
-    return table(["method", "keep", *heads], found, "Accuracy lost by kind of question", "heat")
+    return Table(["method", "keep", *heads], found, "Accuracy lost by kind of question", "heat")
 
 
-def versus(results: Results) -> str:
-    """Methods against the baselines that took part, budget by budget; "" if there is nothing to compare."""
+def versus(results: Results) -> Table | None:
+    """Methods against the baselines that took part, budget by budget; None if there is nothing to compare."""
     known = versus_baselines(results)
     if not known:
-        return ""
+        return None
     names: dict[str, list[Entry]] = {}
     for entry in results.entries:
         if entry.method not in known:
             names.setdefault(entry.name, []).append(entry)
     if not names:
-        return ""
+        return None
     found = []
     for name, entries in sorted(names.items()):
         cells = [Cell(name)]
         for verdicts in known.values():
             here = [(entry, verdicts[entry.row["id"]]) for entry in entries if entry.row["id"] in verdicts]
             order = sum((each.verdict == "better") - (each.verdict == "worse") for _, each in here)
-            chips = "".join(_chip(entry, each) for entry, each in here)
-            cells.append(Cell("", order, css="left", html=f'<div class="chips">{chips}</div>'))
+            cells.append(Cell("", order, css="left", chips=tuple(_chip(entry, each) for entry, each in here)))
         found.append(cells)
     heads: list[Head] = ["method", *((baseline, "keep, points") for baseline in known)]
-    return table(heads, found, "Methods against baselines at equal compute")
+    return Table(heads, found, "Methods against baselines at equal compute")
 
 
-def _chip(entry: Entry, known: Versus) -> str:
+def _chip(entry: Entry, known: Versus) -> Chip:
     budget = "" if entry.keep is None else f"{entry.keep:g} "
     if known.difference is None or known.p is None:
-        return f'<span class="chip" title="cheaper than the baseline ever was">{escape(budget)}n/a</span>'
+        return Chip(f"{budget}n/a", "", "cheaper than the baseline ever was")
     sign = _SIGNS.get(known.verdict, "")
-    text = f"{budget}{sign}{signed_points(known.difference)}"
-    return f'<span class="chip {known.verdict}" title="p = {known.p:.4f}, not corrected">{escape(text)}</span>'
+    return Chip(f"{budget}{sign}{signed_points(known.difference)}", known.verdict, f"p = {known.p:.4f}, not corrected")

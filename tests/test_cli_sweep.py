@@ -135,7 +135,7 @@ def test_a_grid_from_a_file(tmp_path):
     both, _ = listed_recipes("random", [], path, ZOO)
     assert [each.method for each in both] == ["random", "fastv", "fastv", "vtw", "dart"]
     for text, said in (
-        ("{", "cannot be read"), ("method: fastv", "a list"), ("- fastv", "entry 1"), ("- {m: 1}", "entry 1"),
+        ("{", "not YAML"), ("method: fastv", "a list"), ("- fastv", "entry 1"), ("- {m: 1}", "entry 1"),
         ("- {method: fastv, options: [1]}", "mapping"),
     ):  # fmt: skip
         path.write_text(text)

@@ -75,9 +75,9 @@ def greedy(
     return output.sequences, torch.stack(output.logits, 1)
 
 
-def checkpoint(model: PreTrainedModel, **options: Any) -> None:
-    """`gradient_checkpointing_enable`, which 5.24 calls `activation_checkpointing_enable`."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(**options)
+def checkpoint(model: PreTrainedModel, *options: Any) -> None:
+    """`gradient_checkpointing_enable`, which 5.23 calls `activation_checkpointing_enable`."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*options)
 
 
 @torch.no_grad()

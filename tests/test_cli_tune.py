@@ -45,7 +45,7 @@ def test_a_recipe_is_written_and_can_be_loaded(tuned):
     origin = foveate.recipe.provenance(folder / "recipe.yaml")
     assert (origin["model"], origin["data"], origin["bound"]["max_changed"]) == (ZOO, ["easy-vqa"], 0.4)
     assert origin["measured"]["check"]["questions"] == 8
-    assert "Chosen: vtw layer=" in said
+    assert "Chosen: vtw[layer=" in said
     assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "t.json"]  # the journal is gone
 
 

@@ -135,7 +135,9 @@ def test_a_checkpointed_vision_encoder_is_right_or_refused():
         assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
-def test_deprecations_in_the_log_of_transformers_are_errors():
+def test_deprecations_in_the_log_of_transformers_are_errors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)  # commands may have made it quiet
+    logging.getLogger("transformers").manager._clear_cache()
     with pytest.raises(FutureWarning, match="deprecated"):
         logging.getLogger("transformers.some_module").warning("`this` is deprecated")
 

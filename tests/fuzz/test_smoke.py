@@ -11,8 +11,7 @@ import foveate
 from tests.fuzz import judge as judging
 from tests.fuzz.__main__ import lot, summary
 from tests.fuzz.cases import Call, Request, Row
-from tests.fuzz.judge import Verdict, judge, smallest
-from tests.reference.checks import build_once
+from tests.fuzz.judge import Verdict, build_once, judge, smallest
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -92,13 +92,15 @@ def official_grid(chosen: Tensor, tokens: int, ratio: float, adaptive: bool) -> 
         adaptive: whether the ratio was found by outliers.
 
     Raises:
-        ValueError: the official code divides by zero (no outlier, or more than a third), or serves one image only.
+        ValueError: the official code fails (no outlier or more than a third, or a grid that starts after the last patch), or
+            serves one image only.
     """
     step = int(1 / ratio) if ratio > 0 else 0
     step = int(step / 3) if adaptive else step
-    if step < 1:
-        raise ValueError(f"an outlier ratio of {ratio:.3f} leaves no grid step")
-    grid = torch.arange(0 if adaptive else step // 2, tokens - 1, step, device=chosen.device)
+    first = 0 if adaptive else step // 2
+    if step < 1 or first > tokens - 1:
+        raise ValueError(f"a ratio of {ratio:.3f} leaves no grid step")
+    grid = torch.arange(first, tokens - 1, step, device=chosen.device)
     if adaptive:
         if len(chosen) != 1:
             raise ValueError(f"{len(chosen)} images at once")

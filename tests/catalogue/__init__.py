@@ -1,0 +1,9 @@
+"""A tiny model of every image-text-to-text class of transformers, and the count of what Foveate does with it.
+
+`python -m tests.catalogue` counts. No weights, no processors, no network.
+"""
+
+from tests.catalogue.build import NAMES, build, class_name, inputs, missing, visual_slots
+from tests.catalogue.handmade import HANDMADE
+
+__all__ = ["HANDMADE", "NAMES", "build", "class_name", "inputs", "missing", "visual_slots"]

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test fuzz test-oldest test-newest smoke-versions browser lint types structure zoo bench clean
+.PHONY: demo test count-families fuzz test-oldest test-newest smoke-versions browser lint types structure zoo bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
@@ -31,6 +31,11 @@ smoke-versions: .venv-oldest/.installed .venv-newest/.installed
 # stopped; FUZZ_SHARD=0/2 and 1/2 share the work between two processes.
 fuzz: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz
+
+# What every image-text-to-text class of transformers gets from every method; build/families.json keeps it, and a stopped
+# run goes on from it.
+count-families: $(VENV)/.test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.catalogue --json build/families.json
 
 # Chromium comes from the system: Debian's, installed here when missing and one may.
 browser: $(VENV)/.browser-installed

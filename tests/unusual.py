@@ -233,14 +233,6 @@ def _colpali() -> Any:
     return hf.ColPaliForRetrieval(hf.ColPaliConfig(vlm_config=vlm, embedding_dim=16))
 
 
-def _kosmos2() -> Any:
-    vision = {**TOWER, "image_size": 32, "patch_size": 8}
-    text = {"embed_dim": 64, "ffn_dim": 128, "layers": 2, "attention_heads": 4, "vocab_size": 200}
-    return hf.Kosmos2ForConditionalGeneration(
-        hf.Kosmos2Config(text_config=text, vision_config=vision, latent_query_num=8)
-    )
-
-
 def _blip() -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**sizes, "vocab_size": 200, "encoder_hidden_size": 32, "pad_token_id": 0, "sep_token_id": 3}
@@ -262,7 +254,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "gemma4_shared": (_gemma4_shared, "last 2 decoder layers share the keys and values"),
     "gemma3n": (_gemma3n, r"2 copies of the hidden states"),
     "colpali": (_colpali, "retrieval model"),
-    "kosmos2": (_kosmos2, r"names no placeholder token.*visual="),
     "text": (_text, "takes no images"),
 }
 """Model, and the words that say why it is refused."""

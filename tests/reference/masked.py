@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from foveate.engine.decoder.call import by_name
+from foveate.engine.families.parts import resolve
+
 __all__ = ["MaskedReference", "to_rows"]
 
 
@@ -34,7 +37,7 @@ class MaskedReference:
         removed: Mapping[int, Tensor],
         merge: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ):
-        self.layers = model.get_decoder().layers
+        self.layers = resolve(model, text_only=True).layers
         self.removed = dict(removed)
         self.merge = dict(merge or {})
         self._handles: list[Any] = []
@@ -61,6 +64,7 @@ class MaskedReference:
         return self.merge[stage](hidden) if stage in self.merge and is_prefill else hidden
 
     def _before(self, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        args, kwargs = by_name(self.layers[layer], args, kwargs)
         hidden = args[0]
         if layer == 0:
             hidden = self._merged(-1, hidden)

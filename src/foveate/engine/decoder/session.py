@@ -22,7 +22,7 @@ from ..session import Session
 from ..vision.merging import TowerReduction
 from ..vision.reader import VisionReader
 from .cache import LogicalLayer, check_cache
-from .call import Call, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
+from .call import Call, by_name, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
 from .forward_pass import ForwardPass
 from .taps import tap_attention
 
@@ -129,7 +129,7 @@ class DecoderSession(Session):
                 if call.chunk and carries_images(kwargs):
                     raise _chunks(call.chunk)
                 if self.anatomy.own_generate and self.given is None and kwargs.get("input_ids") is not None:
-                    call.round_forward = self.anatomy.find_placeholders(kwargs["input_ids"], None)
+                    call.round_forward = self.anatomy.placeholders_in(kwargs)
                 return generate(*args, **kwargs)
             finally:
                 self._end("generate")
@@ -207,7 +207,7 @@ class DecoderSession(Session):
         call.given = {**kwargs, "input_ids": ids}
         unseen = self.given is None and self.anatomy.placeholders_by_id
         if unseen and carries_images(kwargs):
-            call.placeholders = self.anatomy.find_placeholders(ids, kwargs.get("inputs_embeds"))
+            call.placeholders = self.anatomy.placeholders_in(call.given)
 
     def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._closed:
@@ -366,7 +366,7 @@ class DecoderSession(Session):
     # --------------------------------------------------------------------------------------------------- the layers
     def _layer_called(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         now = self._call.forward_pass
-        return None if now is None else now.enter(layer, module, args, kwargs)
+        return None if now is None else now.enter(layer, module, *by_name(module, args, kwargs))
 
     def _layer_done(self, layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
         now = self._call.forward_pass

@@ -7,13 +7,14 @@ Everything is found through the names that transformers 5 itself guarantees (`ge
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
@@ -31,6 +32,8 @@ _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _PIXELS = {"siglip_vision_model": _HALF, "siglip": _HALF, "internvl_vision": _IMAGENET}
 """Mean and deviation of a tower's pixels, by its model type; CLIP's for all others."""
+_PLACES = "image_embeds_position_mask"
+"""Argument of Kosmos-2 and 2.5 that says which slots are visual, (B, S), in place of an id."""
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
@@ -120,7 +123,8 @@ class Anatomy:
     @cached_property
     def own_generate(self) -> bool:
         """Whether `generate` lays features into embeddings itself, going round `forward` (BLIP-2, InstructBLIP)."""
-        return type(self.model).generate is not GenerationMixin.generate and hasattr(self.model, "language_model")
+        goes_round = any(hasattr(self.model, name) for name in ("language_model", "text_model"))
+        return type(self.model).generate is not GenerationMixin.generate and goes_round
 
     @cached_property
     def mrope(self) -> bool:
@@ -190,12 +194,16 @@ class Anatomy:
     def vision_attention(self) -> list[nn.Module]:
         """Self-attention modules of the vision tower, in depth order."""
         if self.vision is None:
-            raise UnsupportedError(f"{type(self.model).__name__} has no vision tower to read")
-        return [
-            module
-            for name, module in self.vision.named_modules()
-            if name.rpartition(".")[2] in _ATTENTION_NAMES and hasattr(module, "config")
-        ]
+            why = "has no vision tower to read"
+            if isinstance(getattr(self.config, "vision_config", None), PreTrainedConfig):
+                why = "names no image encoder (get_encoder), so its vision tower cannot be read"
+            raise UnsupportedError(f"{type(self.model).__name__} {why}")
+        named = [(n, m) for n, m in self.vision.named_modules() if n.rpartition(".")[2] in _ATTENTION_NAMES]
+        found = [module for _, module in named if hasattr(module, "config")]
+        if not found:
+            what = f"computes its attention by itself ({type(named[0][1]).__name__})" if named else "has no attention"
+            raise UnsupportedError(f"{type(self.vision).__name__} {what}; a method can read none in this vision tower")
+        return found
 
     @cached_property
     def sliding_windows(self) -> tuple[int | None, ...]:
@@ -231,6 +239,13 @@ class Anatomy:
         placeholders = self.find_placeholders(input_ids, None)
         return slots if placeholders is None else slots & placeholders.to(slots.device)
 
+    def placeholders_in(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Placeholder slots (B, S) bool of a call of the model; None where what it was given does not tell."""
+        ids, places = arguments.get("input_ids"), arguments.get(_PLACES)
+        if _named_by_place(self.model):
+            return places.bool() if places is not None and (ids is None or ids.shape == places.shape) else None
+        return self.find_placeholders(ids, arguments.get("inputs_embeds"))
+
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
         """Placeholder slots by id, or by embedding where only embeddings are given: (B, S) bool."""
         if input_ids is not None:  # one by one: torch.isin waits for the device
@@ -250,6 +265,10 @@ def _feature_layers(config: Any) -> int | Sequence[int]:
             if value is not None:
                 return value
     return -1
+
+
+def _named_by_place(model: Any) -> bool:
+    return _PLACES in inspect.signature(model.forward).parameters
 
 
 def _placeholder_ids(config: Any) -> Iterator[int]:
@@ -292,6 +311,6 @@ def resolve(model: nn.Module, text_only: bool = False) -> Anatomy:
     layers = tuple(decoder.layers)
     if text_only or ids or takes_images(unwrapped, vision):
         check_decoder(kind, decoder, layers, unwrapped.config)
-    if not text_only and not ids:
+    if not text_only and not ids and not _named_by_place(unwrapped):
         raise no_placeholders(unwrapped, vision)
     return Anatomy(unwrapped, unwrapped.base_model, decoder, layers, vision, ids)

@@ -59,6 +59,13 @@ def check_model(model: Any) -> None:
             f"{kind} is a retrieval model: it returns an embedding for each visual token, and those of removed tokens "
             "would mean nothing"
         )
+    if hasattr(model, "action_out_proj"):
+        raise UnsupportedError(f"{kind} writes the actions of a robot; token reduction needs a model that writes text")
+    if hasattr(model.base_model, "image_encoder") and hasattr(model.base_model, "visual_projection"):
+        raise UnsupportedError(
+            f"{kind} lays the features of its images before the embeddings of the text within its decoder; the prompt "
+            "has no slots for them, so nothing tells which are visual"
+        )
     if hasattr(model.base_model, "encoder") and hasattr(model.base_model, "decoder"):
         raise UnsupportedError(
             f"{kind}: the prompt and its images go through an encoder, whose keys the decoder reads; token reduction "

@@ -35,11 +35,11 @@ _GROUPED = {
     "qwen3_omni_moe_thinker", "qwen3_vl_moe", "video_llama_3",
 }  # fmt: skip
 """Streams in which the patches that will merge follow each other, as Qwen-VL's processor lays them."""
-_MIXES = {"step3p7": "overlapping convolutions"}
-"""Families whose visual tokens overlap."""
+_MIXES = {"deepseek_ocr2": "an encoder with queries of its own", "step3p7": "overlapping convolutions"}
+"""Families whose visual tokens overlap, or see all patches, by something that no name in the model tells."""
 _LOCAL_ATTENTION = {"molmo2"}
 """Families whose connector attends within the patches of one visual token only."""
-_CONNECTORS = ("projector", "connector", "resampler", "perceiver", "qformer", "abstractor")
+_CONNECTORS = ("projector", "connector", "resampler", "perceiver", "qformer", "abstractor", "image_to_text_projection")
 
 
 @dataclass

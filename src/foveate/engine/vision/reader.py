@@ -60,8 +60,8 @@ class VisionReader(Shared):
 
     def install(self, undo: Undo) -> None:
         """Put the taps and hooks in, until `undo` is closed."""
-        modules = self.anatomy.vision_attention()
         check_traceable(self.anatomy)
+        modules = self.anatomy.vision_attention()
         for layer, spec in self.specs.items():
             if not -len(modules) <= layer < len(modules):
                 raise UnsupportedError(f"vision layer {layer} does not exist, the tower has {len(modules)} layers")

@@ -1,0 +1,200 @@
+"""What Foveate does with one class: exact, refused (with the sentence), wrong, silent, or a crash of another's."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import foveate
+from foveate.reduction import Decision, View
+from tests.catalogue.build import build, inputs
+from tests.catalogue.handmade import HANDMADE
+from tests.reference.masked import MaskedReference
+
+__all__ = ["IN_DECODER", "IN_TOWER", "OUTSIDE", "Wrong", "count", "judge"]
+
+IN_DECODER: dict[str, dict[str, Any]] = {
+    "random": {"keep": 0.5},
+    "fastv": {"keep": 0.5, "layer": 1},
+    "sparsevlm": {"keep": 0.5},
+    "vtw": {"layer": 3},
+    "divprune": {"keep": 0.5},
+}
+"""Methods that need no vision tower, and their options."""
+IN_TOWER: dict[str, dict[str, Any]] = {"visionzip": {"keep": 0.5}, "fopru": {"keep": 0.5}}
+"""Methods that choose by what they read in the tower."""
+OUTSIDE = frozenset([*(name for name, made in HANDMADE.items() if not made.in_sequence), "mllama"])
+"""Classes without visual tokens in a decoder's sequence: to be refused."""
+TOLERANCE = 5e-4
+_STEPS = 4
+_OWN_ERRORS = (foveate.UnsupportedError, foveate.BudgetError, foveate.OptionError)
+
+
+class Wrong(Exception):
+    """Something differs from its reference, named."""
+
+
+def _differ(what: str, found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    if found.shape != expected.shape:
+        raise Wrong(f"{what}: {tuple(found.shape)} for {tuple(expected.shape)}")
+    difference = (found - expected).abs().nan_to_num(float("inf")).max().item() if found.numel() else 0.0
+    if difference > tolerance * max(1.0, expected[expected.abs() < 1e30].abs().max().item()):
+        raise Wrong(f"{what}: {difference:.1e}")
+
+
+def _generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> Tensor:
+    """Logits (B, steps, V) of a greedy continuation that writes no placeholder."""
+    output = model.generate(
+        **{name: value.clone() for name, value in prompt.items()}, max_new_tokens=_STEPS, min_new_tokens=_STEPS,
+        do_sample=False, pad_token_id=0, suppress_tokens=list(range(145, 200)), return_dict_in_generate=True,
+        output_logits=True, **options,
+    )  # fmt: skip
+    return torch.stack(output.logits, 1)
+
+
+@contextlib.contextmanager
+def _recorded(session: Any, merges: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Writes down what the method merges, so that a reference can be told the same."""
+    decide = session.reducer.decide
+
+    def recording(view: View) -> Decision | None:
+        decision = decide(view)
+        if decision is not None and decision.slots is not None:
+            slots, values = decision.slots.clone(), decision.values.detach().clone()
+            real = (slots >= 0)[..., None]
+            index = slots.clamp_min(0)[..., None].expand(values.shape)
+
+            def merge(hidden: Tensor) -> Tensor:
+                # Padding of the list rewrites its slot with what is there, and must not win over a merged token.
+                new = hidden.clone()
+                for row in range(len(slots)):
+                    mine = real[row, :, 0]
+                    new[row, index[row, mine, 0]] = values[row, mine].to(hidden)
+                return new
+
+            merges[view.stage] = merge
+        return decision
+
+    session.reducer.decide = recording
+    try:
+        yield
+    finally:
+        del session.reducer.decide
+
+
+def _gone(trace: foveate.Trace) -> dict[int, Tensor]:
+    """{stage: (B, S) bool, removed at that stage}."""
+    removed, before = {}, trace.tokens
+    for stage in trace.stages:
+        after = trace.active(stage)
+        removed[stage], before = before & ~after, after
+    return removed
+
+
+@torch.no_grad()
+def judge(
+    name: str, model: Any, method: str, options: dict[str, Any], prompt: dict[str, Tensor], without_cache: str = "same"
+) -> None:
+    """Hold one method in one model against its references; returns if everything agrees.
+
+    `without_cache`: whether the plain model generates the "same" without a cache, something "else", or "nothing".
+
+    Raises:
+        Wrong: what differs, or that nothing was removed.
+        UnsupportedError: the model or the method is refused.
+    """
+    plain, alone = model(**prompt).logits, inputs(name, model, rows=1)
+    # Kosmos-2 counts positions and masks of padded rows differently once there is a cache.
+    same_alone = torch.allclose(_generate(model, alone)[0], _generate(model, prompt)[0], atol=1e-3)
+    merges: dict[int, Callable[[Tensor], Tensor]] = {}
+    with foveate.apply(model, foveate.build(method, **options)) as session:
+        own = session.reducer.positions
+        session.reducer.positions = "keep"  # what a masked twin can be told
+        with _recorded(session, merges):
+            forward = model(**prompt).logits
+        trace = session.trace
+        if trace is None or not bool(((trace.visual & trace.tokens & ~trace.active(trace.stages[-1])).any(1)).all()):
+            raise Wrong("silent: nothing was removed")
+        generated = _generate(model, prompt)
+        if session.trace is None:
+            raise Wrong("silent: generate() removed nothing")
+        if without_cache == "else":
+            cacheless = _generate(model, prompt, use_cache=False)
+        session.reducer.positions = own
+        renumbered = _generate(model, prompt) if own != "keep" else generated
+        if without_cache == "same":
+            cacheless = _generate(model, prompt, use_cache=False)
+        single = _generate(model, alone)
+    kept = trace.active(trace.stages[-1])
+    with MaskedReference(model, _gone(trace), merges):
+        expected = model(**prompt).logits
+        continued = _generate(model, prompt)
+        if without_cache == "else":
+            continued_cacheless = _generate(model, prompt, use_cache=False)
+    kept = kept[:, -forward.shape[1] :]
+    if float((expected - plain)[kept].abs().max()) < 1e-3:
+        raise Wrong("the reference shows no effect: nothing was checked")
+    _differ("forward", forward[kept], expected[kept])
+    _differ("generate", generated, continued)
+    if without_cache != "nothing":
+        _differ("without cache", cacheless, renumbered if without_cache == "same" else continued_cacheless)
+    if same_alone:
+        _differ("a row alone", single[0], renumbered[0])
+    if "keep" in options:
+        with foveate.apply(model, foveate.build(method, **{**options, "keep": 1.0})):
+            whole = model(**prompt).logits
+        if not torch.equal(whole, plain):
+            raise Wrong("keep=1.0 is not the plain model")
+    if not torch.equal(model(**prompt).logits, plain):
+        raise Wrong("the model after the session")
+
+
+def _verdict(tried: Callable[[], None]) -> str:
+    try:
+        tried()
+    except Wrong as error:
+        return str(error) if str(error).startswith("silent") else f"wrong: {error}"
+    except _OWN_ERRORS as error:
+        return f"refused: {error}"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"crash: {type(error).__name__}: {str(error)[:200]} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+    return "exact"
+
+
+def count(name: str, impl: str = "sdpa") -> dict[str, str]:
+    """The verdict on every method in one class: {method: words}."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build(name, impl=impl)
+        methods = {**IN_DECODER, **IN_TOWER}
+
+        def applied() -> None:
+            foveate.apply(model, foveate.Random(keep=0.5)).remove()
+
+        if name in OUTSIDE:
+            return dict.fromkeys(methods, _verdict(applied))
+        prompt = inputs(name, model)
+        with torch.no_grad():
+            try:
+                model(**prompt)  # transformers leaves its recorders in at the first call
+                plain_logits = _generate(model, prompt)
+            except Exception as error:
+                refused = _verdict(applied)
+                plain = f"not tried: the plain model fails ({type(error).__name__}: {error})"
+                return dict.fromkeys(methods, plain if refused == "exact" else refused)
+            try:
+                cacheless = _generate(model, prompt, use_cache=False)
+                without_cache = "same" if torch.allclose(cacheless, plain_logits, atol=1e-3) else "else"
+            except Exception:
+                without_cache = "nothing"
+        return {
+            method: _verdict(lambda: judge(name, model, method, options, prompt, without_cache))  # noqa: B023
+            for method, options in methods.items()
+        }

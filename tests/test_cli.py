@@ -85,7 +85,7 @@ def test_unknown_method_lists_the_known(picture):
     assert "fastw" in complaint("tune", ZOO, "--data", "scenes", "--method", "fastw")
 
 
-@pytest.mark.parametrize("option", ["colour=red", "layer", "=3", "layer=abc"])
+@pytest.mark.parametrize("option", ["colour=red", "layer", "=3", "layer=abc", "layer={a: 1}"])
 def test_bad_method_option(picture, option):
     line = complaint(*RUN, "--image", picture, "--method", "fastv", "--keep", "0.3", "--option", option)
     assert option.split("=")[0] in line
@@ -205,6 +205,14 @@ def test_methods_lists_all(tmp_path):
     assert [row["name"] for row in listed] == list(foveate.names())
     assert all(row["paper"] and row["acts"] and row["needs"] for row in listed)
     assert next(row for row in listed if row["name"] == "fastv")["required"] == ["keep"]
+
+
+def test_an_option_that_is_an_object_is_written_as_a_mapping():
+    told = ("flops", "llava-1.5-7b", "-m", "sparsevlm", "-k", "192", "-o")
+    assert invoke(*told, "details={theta: 0.5, merge: sum}").stdout != invoke(*told, "details={}").stdout
+    assert "details has no 'taw'" in complaint(*told, "details={taw: 0.5}")
+    assert "option value '{tau: 0.5'" in complaint(*told, "details={tau: 0.5")
+    assert "it belongs to details: details={tau: ...}" in complaint(*told, "tau=0.5")
 
 
 def test_flops(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -59,6 +60,14 @@ def test_the_full_model_is_a_recipe_too(tmp_path):
     assert recipe.describe(back) == {"method": "full"}
 
 
+def test_options_in_an_object_are_a_mapping(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    asked = foveate.SparseVLM(keep=9, details=foveate.SparseVLMDetails(tau=0.5, merge="sum"))
+    recipe.save(path, asked)
+    assert yaml.safe_load(path.read_text())["options"]["details"] == {"tau": 0.5, "merge": "sum"}
+    assert foveate.load(path) == asked == Recipe.from_json(json.loads(json.dumps(Recipe.of(asked).to_json()))).build()
+
+
 @pytest.mark.parametrize(
     ("text", "culprit"),
     [
@@ -71,7 +80,7 @@ def test_the_full_model_is_a_recipe_too(tmp_path):
         ("version: 1\nmethod: fastv\n", "keep"),
         ("version: 1\nmethod: fastv\noptions: {keep: 3.5}\n", "3.5"),
         ("version: 1\nmethod: fastv\noptions: {keep: [1]}\n", "keep=[1]"),
-        ("version: 1\nmethod: fastv\noptions: {keep: {a: 1}}\n", "options.keep"),
+        ("version: 1\nmethod: fastv\noptions: {keep: {a: 1}}\n", "keep={'a': 1}"),
         ("version: 1\nmethod: fastv\noptions: {keep: 0.3, colour: red}\n", "colour"),
         ("version: 1\nmethod: fastv\noptions: [keep]\n", "options must be a mapping"),
         ("version: 1\nmethod: full\noptions: {keep: 0.3}\n", "the full model has none"),
@@ -133,6 +142,10 @@ def test_what_is_no_plain_value_is_not_written(tmp_path):
         (foveate.Random(keep=12, seed=7), "random[seed=7]@12"),
         (foveate.Chain(foveate.VisionZip(keep=0.5), foveate.VTW(layer=3)), "chain[visionzip+vtw[layer=3]]@0.5"),
         (recipe.FullModel(), "full"),
+        (
+            foveate.SparseVLM(keep=9, details=foveate.SparseVLMDetails(tau=0.5, merge="sum")),
+            "sparsevlm[details={merge: sum, tau: 0.5};positions=keep]@9",
+        ),
     ],
 )
 def test_one_form_for_files_sweeps_and_searches(reducer, told):

@@ -93,13 +93,7 @@ class Recipe:
         name = name_of(type(reducer))
         if not dataclasses.is_dataclass(reducer):
             raise OptionError(f"{name} is no dataclass, so its options cannot be read off it")
-        options: dict[str, Any] = {}
-        for each in dataclasses.fields(reducer):
-            value = getattr(reducer, each.name)
-            default = value is each.default or (type(value) is type(each.default) and value == each.default)
-            if each.init and not default:
-                options[each.name] = _plain(f"{name}: option {each.name}", value)
-        return cls(name, options)
+        return cls(name, _chosen(name, reducer))
 
     @property
     def is_full(self) -> bool:
@@ -156,7 +150,21 @@ class Recipe:
         return cls(row["method"], row["options"], row["keep"], row["seed"])
 
 
+def _chosen(what: str, made: Any) -> dict[str, Any]:
+    """The options of a dataclass that differ from their defaults, as plain values."""
+    chosen = {}
+    for each in dataclasses.fields(made):
+        value, where = getattr(made, each.name), f"{what}: option {each.name}"
+        same_kind = type(value) is type(each.default)
+        if each.init and not (value is each.default or (same_kind and value == each.default)):
+            nested = same_kind and dataclasses.is_dataclass(value)
+            chosen[each.name] = _chosen(where, value) if nested else _plain(where, value)
+    return chosen
+
+
 def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_word(each)}' for name, each in sorted(value.items()))}}}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -293,6 +301,8 @@ def _plain(what: str, value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_plain(what, each) for each in value]
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _plain(what, each) for name, each in value.items()}
     raise OptionError(f"{what} is a {type(value).__name__}, which a recipe cannot hold")
 
 

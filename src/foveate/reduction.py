@@ -584,6 +584,23 @@ def options(name: str) -> dict[str, Any]:
     return found
 
 
+def check_names(name: str, chosen: Iterable[str]) -> None:
+    """Refuse options that a method does not have. Raises `OptionError`."""
+    known = options(name)
+    if any(option.kind is option.VAR_KEYWORD for option in inspect.signature(type_of(name)).parameters.values()):
+        return
+    for option in chosen:
+        if option in known:
+            continue
+        place = next((each for each, default in known.items() if _has_field(default, option)), None)
+        hint = f", it belongs to {place}: {place}={{{option}: ...}}" if place else _near(option, known)
+        raise OptionError(f"{name} has no option {option!r}{hint}; it has: {', '.join(known) or 'none'}")
+
+
+def _has_field(default: Any, name: str) -> bool:
+    return dataclasses.is_dataclass(default) and any(each.name == name for each in dataclasses.fields(default))
+
+
 def build(name: str, **chosen: Any) -> Reducer:
     """A method by name, e.g. `build("sparsevlm", keep=192)`.
 
@@ -596,14 +613,9 @@ def build(name: str, **chosen: Any) -> Reducer:
         OptionError: an unknown name or option, a missing option, or a class that cannot be imported.
         BudgetError: a bad `keep`.
     """
-    cls = type_of(name)
+    check_names(name, chosen)
     known = options(name)
-    open_ended = any(option.kind is option.VAR_KEYWORD for option in inspect.signature(cls).parameters.values())
-    unknown = [option for option in chosen if option not in known and not open_ended]
-    if unknown:
-        near = _near(unknown[0], known)
-        raise OptionError(f"{name} has no option {unknown[0]!r}{near}; it has: {', '.join(known) or 'none'}")
     missing = [k for k, default in known.items() if default is dataclasses.MISSING and k not in chosen]
     if missing:
         raise OptionError(f"{name} needs {missing[0]}=")
-    return cls(**chosen)
+    return type_of(name)(**chosen)

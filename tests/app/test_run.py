@@ -230,8 +230,12 @@ def test_controls_are_read_off_the_methods():
 
 def test_options_are_read_from_text():
     assert parse_options("tau=0.5, layers=[1, 3];merge=sum") == {"tau": 0.5, "layers": [1, 3], "merge": "sum"}
+    assert parse_options("details={tau: 0.5, merge: sum}, bias=1") == {
+        "details": {"tau": 0.5, "merge": "sum"},
+        "bias": 1,
+    }
     assert parse_options(" ") == {}
-    for text in ("tau", "=3", "tau=", "tau=[1"):
+    for text in ("tau", "=3", "tau=", "tau=[1", "a={b: 1"):
         with pytest.raises(foveate.reduction.OptionError):
             parse_options(text)
 

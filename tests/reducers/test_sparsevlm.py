@@ -86,7 +86,7 @@ def test_merged_tokens_are_what_a_hook_would_have_written():
                 seen.update(hidden=view.hidden.clone(), chosen=self.select(view).chosen)
             return decision
 
-    reducer = Watched(counts=(6,), layers=(1,), tau=0.9, theta=0.2)
+    reducer = Watched(counts=(6,), layers=(1,), details={"tau": 0.9, "theta": 0.2})
     with foveate.apply(model, reducer) as session, torch.no_grad():
         model(**inputs)
     visual = families.visual_slots(inputs["input_ids"])
@@ -134,7 +134,7 @@ def test_batch_equals_singles(variant: str, images: list[int]):
     model = build_once("llava")
     inputs = families.inputs("llava", model, batch=3, images=images)
     pixels = inputs["pixel_values"].split(images)
-    reducer = foveate.SparseVLM(keep=0.45, variant=variant, tau=0.6, theta=0.3)
+    reducer = foveate.SparseVLM(keep=0.45, variant=variant, details={"tau": 0.6, "theta": 0.3})
     with foveate.apply(model, reducer) as session, torch.no_grad():
         together = model(**inputs).logits[:, -1]
         trace = session.trace
@@ -253,7 +253,7 @@ def test_rank_rules_come_near_the_budget(variant: str, keep: int | float):
 
 
 def test_the_paper_deletes_a_share_of_what_exceeds_the_rank():
-    reducer = foveate.SparseVLM(variant="paper", lam=0.5, layers=(1,), recycle=False, rank_rows="raters")
+    reducer = foveate.SparseVLM(variant="paper", lam=0.5, layers=(1,), recycle=False, details={"rank_rows": "raters"})
     model, (embeds, visual) = llama(), prompt(60)
     _, trace = prefill(model, reducer, embeds, visual)
     text = embeds[0, 63:]
@@ -314,15 +314,15 @@ def test_gravity_beyond_the_change_of_sign():
 @pytest.mark.parametrize(
     "options",
     [
-        {"merge": "sum"},
-        {"assignment": "cosine"},
-        {"isolation": "token"},
-        {"normalise": False},
-        {"neighbours": 3},
-        {"rater_threshold": "greater_equal"},
-        {"score_rows": "text"},
-        {"variant": "1.0", "rank_rows": "text", "bias": 2},
-        {"variant": "2.0", "recycle": True, "head_share": 0.25, "gravity_floor": 0.2},
+        {"details": {"merge": "sum"}},
+        {"details": {"assignment": "cosine"}},
+        {"details": {"isolation": "token"}},
+        {"details": {"normalise": False}},
+        {"details": {"neighbours": 3}},
+        {"details": {"rater_threshold": "greater_equal"}},
+        {"details": {"score_rows": "text"}},
+        {"variant": "1.0", "details": {"rank_rows": "text"}, "bias": 2},
+        {"variant": "2.0", "recycle": True, "details": {"head_share": 0.25, "gravity_floor": 0.2}},
         {"positions": "renumber"},
         {"layers": (0.2, 3)},
         {"layers": "1,3", "counts": "20,10"},
@@ -354,23 +354,27 @@ def test_options_stay_as_given():
         ({"faithful": True, "variant": "1.0", "keep": 96}, "keep=96.*192, 128, 64"),
         ({"faithful": True, "variant": "paper"}, "paper"),
         ({"faithful": True, "keep": 192, "layers": (3,)}, "layers"),
-        ({"faithful": True, "keep": 192, "merge": "sum"}, "merge='sum'"),
+        ({"faithful": True, "keep": 192, "details": {"merge": "sum"}}, "merge='sum'"),
+        ({"faithful": True, "keep": 192, "details": {"head_share": 0.9}}, "head_share=0.9"),
         ({"faithful": True, "keep": 192, "positions": "keep"}, "positions='keep'"),
         ({"layers": ()}, "layers"),
         ({"layers": (1, "x")}, "layers='x'"),
         ({"layers": "1,x"}, "layers='1,x'"),
         ({"counts": (0,)}, "counts"),
         ({"counts": (5,), "variant": "paper"}, "counts"),
-        ({"tau": 0}, "tau=0"),
-        ({"theta": 1.5}, "theta=1.5"),
-        ({"neighbours": 0}, "neighbours=0"),
-        ({"merge": "max"}, "merge='max'"),
+        ({"details": {"tau": 0}}, "tau=0"),
+        ({"details": {"theta": 1.5}}, "theta=1.5"),
+        ({"details": {"neighbours": 0}}, "neighbours=0"),
+        ({"details": {"merge": "max"}}, "merge='max'"),
+        ({"details": {"taw": 0.3}}, "details has no 'taw'; it has: tau, theta"),
+        ({"details": "tau"}, "details='tau': give a mapping"),
+        ({"tau": 0.5}, r"no option 'tau', it belongs to details: details=\{tau: \.\.\.\}"),
         ({"recycle": 1}, "recycle=1"),
         ({"scale": 2.0}, "scale"),
         ({"lam": 0.5}, "lam"),
         ({"variant": "paper", "lam": 2}, "lam=2"),
-        ({"head_share": 0.0}, "head_share=0.0"),
-        ({"gravity_floor": -1}, "gravity_floor=-1"),
+        ({"details": {"head_share": 0.0}}, "head_share=0.0"),
+        ({"details": {"gravity_floor": -1}}, "gravity_floor=-1"),
         ({"positions": "compact"}, "positions='compact'"),
     ],
 )

@@ -23,7 +23,7 @@ __all__ = ["Choice", "Controls", "controls", "describe", "offered", "parse_optio
 LONGEST_TEXT = 1000
 """Characters of a question, and of its options."""
 
-_OUTSIDE_BRACKETS = re.compile(r"[,;\n](?![^\[]*\])")
+_OUTSIDE_BRACKETS = re.compile(r"[,;\n](?![^\[]*\])(?![^{]*\})")
 
 
 @dataclass(frozen=True)

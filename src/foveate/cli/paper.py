@@ -56,6 +56,8 @@ def methods(json: JsonOption = None) -> None:
 
 
 def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return value if isinstance(value, bool | int | float | str | None) else repr(value)
 
 

@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 import foveate
 
-from ..files import check_writable, write_whole
+from ..files import YamlError, check_writable, parse_yaml, write_whole
 
 __all__ = [
     "CommandError",
@@ -179,13 +179,18 @@ def method_and_options(
 
 
 def option_value(text: str) -> Any:
-    """true, false, none, a number, or the text itself."""
+    """true, false, none, a number, a mapping `{name: value, ...}`, or the text itself."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
+    if text.startswith("{"):
+        try:
+            return parse_yaml(text)
+        except YamlError as error:
+            raise CommandError(f"option value {text!r}: {error}") from error
     return text
 
 

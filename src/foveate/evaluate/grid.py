@@ -12,7 +12,7 @@ from .. import zoo
 from ..engine.apply import apply
 from ..recipe import CHAIN, Recipe
 from ..reducers.chain import Chain
-from ..reduction import Budget, BudgetError, OptionError, Reducer, UnsupportedError, options
+from ..reduction import Budget, BudgetError, OptionError, Reducer, UnsupportedError, check_names, options
 from .answer import VLM, ZOO, prefill_seconds
 from .data import Sample
 
@@ -35,10 +35,8 @@ def recipes_for(method: str, chosen: Mapping[str, Any], model: str) -> list[Reci
     """
     if method == CHAIN:
         return [Recipe(CHAIN, {"members": _members(chosen)})]
+    check_names(method, chosen)
     known = options(method)
-    for name in chosen:
-        if name not in known:
-            raise OptionError(f"{method} has no option {name!r}; it has: {', '.join(known)}")
     if "clip" in known and model == _TINY[0] and not {"similarity", "clip", "siglip"} & chosen.keys():
         # High cosines mark the relevant patches in tiny-clip, see its card.
         sign = {"negate": False} if "negate" in known and "negate" not in chosen else {}

@@ -14,7 +14,7 @@ from .pumer import PuMer
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .recoverable import Recoverable
-from .sparsevlm import SparseVLM
+from .sparsevlm import SparseVLM, SparseVLMDetails
 from .tome import ToMe
 from .visionzip import VisionZip
 from .vispruner import VisPruner
@@ -39,6 +39,7 @@ __all__ = [
     "Random",
     "Recoverable",
     "SparseVLM",
+    "SparseVLMDetails",
     "ToMe",
     "VisPruner",
     "VisionZip",

@@ -8,10 +8,9 @@ many), `ops.density_peaks` (clusters) and `ops.recycle` (slots).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +21,8 @@ from ..ops.recycle import Merged, official_order, slot_order
 from ..ops.select import true_indices
 from ..reduction import (
     BEFORE_LAYERS,
-    Budget,
     Decision,
     MethodInfo,
-    Positions,
-    Reducer,
     Tap,
     TapSpec,
     UnsupportedError,
@@ -34,12 +30,12 @@ from ..reduction import (
     register,
 )
 from ._images import counts_per_row
-from ._sparsevlm import OWN, Plan, Rules, check_options, numbers
+from ._sparsevlm import Options, Plan, Rules, SparseVLMDetails
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
 
-__all__ = ["SparseVLM"]
+__all__ = ["SparseVLM", "SparseVLMDetails"]
 
 _OFFICIAL_HEADS = 14
 
@@ -72,7 +68,7 @@ class Selection(NamedTuple):
     ),
 )
 @dataclass
-class SparseVLM(Reducer):
+class SparseVLM(Options):
     """Keep, layer by layer, the visual tokens that the raters attend to; merge the best of the removed ones.
 
     Raters are the tokens of the question that the image is more similar to than to the average one; a visual token's
@@ -96,23 +92,11 @@ class SparseVLM(Reducer):
             19; paper: all), the first one replaced by 0 where `keep` needs it.
         counts: instead of `keep`, tokens kept after each layer, merged ones not counted ("1.5", "2.0").
         recycle: merge removed tokens (2.0: no).
-        tau: share of the removed tokens that are clustered.
-        theta: clusters, as a share of the clustered tokens.
-        neighbours: k of the density; None: the number of clusters.
-        merge: "mean" (code) or "sum" (paper) of a cluster.
-        assignment: to the centre at the smallest "euclidean" distance (code) or of the highest "cosine" (paper).
-        isolation: delta of the densest token: the largest distance of the "sample" (code) or of that "token" (paper).
-        normalise: divide distances by sqrt(hidden size) (code; not in the paper).
-        rater_threshold: relevance "greater" than the mean (code) or "greater_equal" (paper, eq. 5).
-        rank_rows: P has a row for each of the "raters" (code) or for all "text" after the image (paper).
-        score_rows: a score is the mean over the "raters" or over all "text" after the image.
         scale: of 1.0; None: as `keep` needs it (faithful: the official pair of scale and bias).
         bias: of 1.0; None: 0.
         lam: lambda of "paper", in (0, 1]; None: as `keep` needs it.
-        head_share: share of the heads that count in 2.0.
-        gravity_floor: guard of 2.0: the smallest correction weight, as a share of the one at distance 0. The official
-            weight changes sign beyond 1,707 tokens. Distances are counted in slots of the prompt.
         positions: "keep" or "renumber"; None: "renumber" for faithful 1.x, else "keep".
+        details: the points on which paper and code differ: a `SparseVLMDetails`, or a mapping of some of its fields.
 
     Raises:
         BudgetError: bad `keep`.
@@ -120,56 +104,13 @@ class SparseVLM(Reducer):
         UnsupportedError: when applied: `faithful` 2.0 with fewer than 14 heads; renumbering with multi-axis RoPE.
     """
 
-    keep: int | float = 1 / 3
-    variant: Literal["1.5", "1.0", "2.0", "paper"] = "1.5"
-    faithful: bool = False
-    layers: Sequence[int | float] | None = None
-    counts: Sequence[int] | None = None
-    recycle: bool | None = None
-    tau: float = 0.3
-    theta: float = 0.1
-    neighbours: int | None = None
-    merge: Literal["mean", "sum"] | None = None
-    assignment: Literal["euclidean", "cosine"] | None = None
-    isolation: Literal["sample", "token"] | None = None
-    normalise: bool | None = None
-    rater_threshold: Literal["greater", "greater_equal"] | None = None
-    rank_rows: Literal["raters", "text"] | None = None
-    score_rows: Literal["raters", "text"] | None = None
-    scale: float | None = None
-    bias: float | None = None
-    lam: float | None = None
-    head_share: float = 0.5
-    gravity_floor: float = 0.05
-    positions: Positions | None = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.budget = Budget(self.keep)
-        self.variant = str(self.variant)  # type: ignore[assignment]  # a command line makes 1.5 a number
-        check_options(self)
-        self.layers, self.counts = numbers("layers", self.layers), numbers("counts", self.counts)
-        if self.positions is None:
-            self.positions = "renumber" if self.faithful and self.variant != "2.0" else "keep"
-
-    @property
-    def official_budget(self) -> int:
-        """`keep` as a number of LLaVA-1.5's 576 tokens, 0 if that is not whole."""
-        keep = self.budget.keep
-        tokens = keep * schedule.TOKENS if isinstance(keep, float) else keep
-        return round(tokens) if abs(tokens - round(tokens)) < 1e-6 else 0
-
-    def choice(self, name: str) -> Any:
-        """An option, or what the variant says where it is None."""
-        value = getattr(self, name)
-        return OWN[self.variant][name] if value is None else value
-
     def prepare(self, anatomy: Anatomy) -> None:
         self._anatomy, self._rules = anatomy, Rules(self, anatomy.depth)
         layers = self._rules.layers
         heads: Any = "none" if self.variant == "2.0" else "mean"
         self.stages = (BEFORE_LAYERS, *layers)
         self.taps = {layer: TapSpec(queries=partial(_rows_to_read, layer), heads=heads) for layer in layers}
-        self._heads = _OFFICIAL_HEADS if self.faithful else max(1, round(self.head_share * anatomy.heads))
+        self._heads = _OFFICIAL_HEADS if self.faithful else max(1, round(self.details.head_share * anatomy.heads))
         if self.variant == "2.0" and self._heads > anatomy.heads:
             raise UnsupportedError(
                 f"SparseVLM 2.0 with faithful=True chooses {_OFFICIAL_HEADS} heads, this model has {anatomy.heads}; "
@@ -246,12 +187,12 @@ class SparseVLM(Reducer):
             row = torch.arange(len(plans), device=slots.device)[:, None]
             seen, said = view.hidden[row, image], view.hidden[row, words]
             relevance = raters.text_relevance(seen, said, image_valid, words_valid)
-            inclusive = self.choice("rater_threshold") == "greater_equal"
+            inclusive = self.choices.rater_threshold == "greater_equal"
             found, _ = raters.rater_mask(relevance, words_valid, inclusive, shared=self.faithful)
             # A question all of whose words are equally relevant has no rater: all of them rate.
             found = torch.where(found.any(1, keepdim=True), found, words_valid)
             view.state["raters"] = torch.zeros_like(after).scatter(1, words, found)
-        everything = "text" in (self.choice("score_rows"), self._rank_rows)
+        everything = "text" in (self.choices.score_rows, self._rank_rows)
         rows = after if everything else view.state["raters"]
         # Samples that lose nothing at a stage have no row read there.
         acting = [[stage in plan.layers for stage in self.stages] for plan in plans]
@@ -261,7 +202,7 @@ class SparseVLM(Reducer):
     @property
     def _rank_rows(self) -> str | None:
         """Rows of the matrix whose rank counts; None where no rank counts."""
-        return None if self.variant in schedule.COUNTS else self.choice("rank_rows")
+        return None if self.variant in schedule.COUNTS else self.choices.rank_rows
 
     def _rows(self, view: View, tap: Tap, which: str) -> Tensor:
         return tap.row_valid & view.state["raters"].gather(1, tap.query_slots) if which == "raters" else tap.row_valid
@@ -286,18 +227,18 @@ class SparseVLM(Reducer):
             cos, sin = anatomy.rotary(view.stage, view.hidden[:1, :1].float(), at)
             table = cos[0], sin[0]
         ones = raters.rotated_ones(*table, anatomy.head_dim).to(tap.weights.device)
-        floor = None if self.faithful else self.gravity_floor
+        floor = None if self.faithful else self.details.gravity_floor
         gravity = raters.gravity_weights(ones, tap.query_slots, tap.key_slots.clamp(0, length - 1), floor)
         corrected = tap.weights / gravity[:, None]
         inside = (tap.key_slots >= 0) & (tap.key_slots < length)
         keys = view.visual.gather(1, tap.key_slots.clamp(0, length - 1)) & inside
-        rows = self._rows(view, tap, self.choice("score_rows"))
+        rows = self._rows(view, tap, self.choices.score_rows)
         sums = (corrected * (rows[:, :, None] & keys[:, None])[:, None]).sum((2, 3))
         numbers, chosen = raters.top_heads(sums, self._heads)
         return (corrected * chosen[..., None, None]).sum(1) / self._heads, numbers
 
     def _scores(self, view: View, tap: Tap) -> Tensor:
-        rows = self._rows(view, tap, self.choice("score_rows"))
+        rows = self._rows(view, tap, self.choices.score_rows)
         return replace(tap, row_valid=rows).per_slot(view.active.shape[1])
 
     def _rank(self, view: View, tap: Tap) -> Tensor:
@@ -311,19 +252,20 @@ class SparseVLM(Reducer):
     def merge_tokens(self, view: View, members: Tensor, counts: Tensor, most: int) -> Merged:
         """Cluster the states at the slots `members` (B, P), -1 for padding, into `counts` (B,) tokens."""
         states = view.hidden[torch.arange(len(members), device=members.device)[:, None], members.clamp_min(0)]
+        choices = self.choices
         clusters = density_peaks(
             states,
             members >= 0,
             counts,
             most,
-            neighbours=self.neighbours,
-            normalise=self.choice("normalise"),
-            isolation=self.choice("isolation"),
-            assignment=self.choice("assignment"),
+            neighbours=choices.neighbours,
+            normalise=choices.normalise,
+            isolation=choices.isolation,
+            assignment=choices.assignment,
             guarded=not self.faithful,
         )
         centres = members.gather(1, clusters.centres.clamp_min(0)).masked_fill(clusters.centres < 0, -1)
-        merged = merge_clusters(states, members >= 0, clusters, self.choice("merge"))
+        merged = merge_clusters(states, members >= 0, clusters, choices.merge)
         return Merged(members, clusters.assignment, centres, merged)
 
 

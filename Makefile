@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test count-families fuzz test-oldest test-newest smoke-versions browser lint types structure zoo bench clean
+.PHONY: demo test test-slow count-families fuzz test-oldest test-newest smoke-versions browser lint types structure zoo
+.PHONY: bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
 
 test: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What `test` leaves out: the same behaviour in more models, whole programs from start to end. CI runs both.
+test-slow: $(VENV)/.test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # The engine under the oldest and the newest transformers that pyproject.toml allows. Their environments see all of
 # $(VENV) but transformers and what that one wants in another version, so that torch is never installed again.
@@ -21,7 +26,8 @@ SMOKE := tests/engine/test_compat.py tests/engine/test_usage.py
 
 test-oldest test-newest: test-%: .venv-%/.installed
 	@.venv-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 tests/engine tests/reducers tests/test_goldens.py
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 -m "slow or not slow" tests/engine tests/reducers \
+		tests/test_goldens.py
 
 smoke-versions: .venv-oldest/.installed .venv-newest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(SMOKE)

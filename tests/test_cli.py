@@ -175,6 +175,7 @@ def test_tune_refuses_what_it_cannot_do():
     assert "first_layer=9" in complaint("tune", ZOO, "--data", "scenes", "--samples", "2", "--first-layer", "9")
 
 
+@pytest.mark.slow
 def test_the_installed_script_is_as_quiet():
     command = [sys.executable, "-m", "foveate.cli", *RUN, "--image", "none.png", "--method", "fastv", "--keep", "0.3"]
     done = subprocess.run(
@@ -299,6 +300,7 @@ def test_tune_finds_the_first_layer_within_the_limit(tmp_path):
     assert json.loads((tmp_path / "t.json").read_text())["layer"] is None
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     result = invoke("demo", "--samples", 4, "--out", tmp_path / "demo", "--json", tmp_path / "d.json")
     assert result.exit_code == 0, (result.output, result.exception)

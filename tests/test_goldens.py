@@ -161,6 +161,7 @@ def test_the_untouched_file_passes(workshop: Path, name: str):
     _parity(name.split("/")[0])(_save(workshop, name, _small(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "key"), list(_tampered()))
 def test_a_tampered_output_is_noticed(workshop: Path, name: str, key: str):
     arrays = dict(_small(name))

@@ -221,6 +221,7 @@ def plan(vlm, method: str) -> Plan:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_workers_of_a_sweep_know_them(site, vlm, tmp_path):
     """Registered by a module that only this process was told of, in a folder that only its path holds."""
     site("outside_half", decorator=REGISTERS.format(name="lefthalf"))

@@ -216,7 +216,9 @@ def test_a_trace_holds_no_graph():
 
 @torch.no_grad()
 @every
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize(
+    "family", ["llava", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llava_next", "qwen2_5_vl", "internvl"))]
+)
 def test_a_kept_trace_holds_no_model(family: str, kind: str):
     if kind == "in the tower" and family in ("qwen2_5_vl", "internvl"):
         pytest.skip("ToMe does not work in its tower")

@@ -17,9 +17,9 @@ import foveate
 from foveate.engine.compat import CACHE_NAME, returned_cache
 
 CASES = [
-    pytest.param((name, impl), id=f"{name}-{impl}", marks=pytest.mark.xdist_group(name))
+    pytest.param((name, impl), id=f"{name}-{impl}", marks=marks)
     for name in FAMILIES
-    for impl in ("sdpa", "eager")
+    for impl, marks in (("sdpa", ()), ("eager", pytest.mark.slow))
 ]
 
 PLANS: dict[str, Mapping[int, Sequence[int]]] = {

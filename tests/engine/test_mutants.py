@@ -129,6 +129,7 @@ def test_without_a_fault_all_is_well(name: str):
     assert not any(_caught(check) for check in _exactness(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
 def test_a_fault_is_caught(name: str, mutant: Patch, mutate: Callable[[Patch], None]):

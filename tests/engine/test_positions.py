@@ -26,7 +26,7 @@ NO_PLACEHOLDER = {"suppress_tokens": [150, 151]}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("impl", ["sdpa", "eager"])
+@pytest.mark.parametrize("impl", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ONE_AXIS + PREFIX_MASK)
 def test_before_the_layers_it_is_a_shorter_prompt(name: str, impl: str):
     """Ragged, left-padded rows."""

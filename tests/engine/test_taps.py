@@ -71,7 +71,7 @@ def _assert_rows(tap: Tap, attention: Tensor, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("impl", ["sdpa", "eager"])
+@pytest.mark.parametrize("impl", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES])
 def test_rows_are_those_of_eager_attention(name: str, impl: str):
     model, eager = build_once(name, impl), build_once(name, "eager")

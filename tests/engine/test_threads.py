@@ -58,7 +58,7 @@ def ask(model: PreTrainedModel, prompt: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("threads", [pytest.param(2, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_and_traces_are_those_of_the_request_alone(kind: str, threads: int):
     model = build_once("llava")

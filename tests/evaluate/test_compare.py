@@ -64,6 +64,7 @@ def test_prompt_without_chat_template(vlm, monkeypatch):
     assert with_template.count("<s>") == 1
 
 
+@pytest.mark.slow
 def test_comparison(vlm):
     sets = {"easy-vqa": data("easy-vqa", 12), "scenes": data("scenes", 12)}
     recipes = [Recipe("fastv", {}, 1.0), Recipe("random", {}, 4, 0)]

@@ -117,6 +117,7 @@ def _killed(folder, vlm, asked, answers):
     assert os.WIFSIGNALED(status), "it was done before it could be killed"
 
 
+@pytest.mark.slow
 def test_killed_twice_and_gone_on_with(vlm, asked, finished, tmp_path, monkeypatch):
     _killed(tmp_path, vlm, asked, 7)
     first = len(lines(tmp_path))
@@ -152,6 +153,7 @@ def test_a_batch_that_was_written_in_part_is_completed(vlm, asked, finished, tmp
     assert (tmp_path / "result.json").read_bytes() == (finished / "result.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_result(vlm, asked, finished, tmp_path):
     seen = []
     sweep(
@@ -170,6 +172,7 @@ def test_a_process_that_fails_is_reported(vlm, asked, tmp_path, monkeypatch):
         run(tmp_path / "out", vlm, asked, workers=2)
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_can_be_given_more_recipes(vlm, asked, finished, tmp_path):
     run(tmp_path, vlm, asked, RECIPES[1:2])
     result = run(tmp_path, vlm, asked)

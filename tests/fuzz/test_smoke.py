@@ -14,7 +14,7 @@ from tests.fuzz.cases import Call, Request, Row
 from tests.fuzz.judge import Verdict, build_once, judge, smallest
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_mixed_requests(number: int):
     found = lot(number, 50)
     wrong = [(request, verdict.why) for request, verdict in found if verdict.outcome == "wrong"]

@@ -74,6 +74,7 @@ def test_questions_of_the_student_stage_do_not_see_each_other(loaded):
     torch.testing.assert_close(turned, logits[order], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_stage_runs(tmp_path):
     """One step of each stage from nothing, with one worker, leaves a model and a log."""
 

@@ -13,7 +13,7 @@ from tests.families import build, inputs
 from tests.reducers.test_budgets import EVERYTHING
 from tests.reference.checks import TOLERANCE, build_once, largest
 
-FAMILIES = ["llava", "internvl"]
+FAMILIES = ["llava", pytest.param("internvl", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def decided(family: str, method: str, keep: int | float, second: str) -> tuple[T
         return logits, [plain(trace.kept(stage)) for stage in trace.stages]
 
 
-@pytest.mark.parametrize("second", ["meta:0", "meta:1"], ids=["one device", "two devices"])
+@pytest.mark.parametrize("second", [pytest.param("meta:0", marks=pytest.mark.slow), "meta:1"], ids=["one device", "two devices"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", EVERYTHING)
 def test_it_decides_what_it_decides_on_one_device(method: str, family: str, second: str):

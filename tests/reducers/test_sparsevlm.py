@@ -179,6 +179,7 @@ def test_a_row_without_image():
     assert largest((logits - untouched)[0, tokens]) <= 2e-5
 
 
+@pytest.mark.slow
 # -------------------------------------------------------------------------------------------------- every model
 @pytest.mark.parametrize("name", families.FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)

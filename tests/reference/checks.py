@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import foveate
 from foveate.engine.compat import CACHE_NAME, returned_cache
@@ -162,6 +162,17 @@ _OWN_MEMORY = ("rope_deltas", "_cache", "_previous_max_cache_length")
 """What a model itself remembers of its last prompt, patched or not."""
 
 
+def _frozen(value: Any) -> Any:
+    """A copy of a configuration that stays as it is; `repr` of one takes a hundred times as long."""
+    if isinstance(value, PreTrainedConfig):
+        return _frozen(vars(value))
+    if isinstance(value, Mapping):
+        return {key: _frozen(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_frozen(each) for each in value]
+    return value if isinstance(value, str | int | float | None) else repr(value)
+
+
 def footprint(model: nn.Module) -> dict[str, Any]:
     """Everything a patch could leave behind: instance attributes (by identity), hooks, configurations of modules."""
     found: dict[str, Any] = {}
@@ -172,7 +183,7 @@ def footprint(model: nn.Module) -> dict[str, Any]:
                 kind: tuple(getattr(module, kind))
                 for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
             },
-            repr(getattr(module, "config", None)),
+            _frozen(getattr(module, "config", None)),
             module.training,
         )
     return found

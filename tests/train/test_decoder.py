@@ -67,6 +67,7 @@ class Stop(Exception):
     """Ends a run from outside."""
 
 
+@pytest.mark.slow
 def test_lora_under_reduction_resumes_exactly_and_loads(settings: Settings, tmp_path: Path, vlm):
     from peft import PeftModel
 

@@ -135,6 +135,7 @@ def test_answers_questions_about_a_plain_drawing(model, processor):
     assert sum(given[q] == known[q] for q in known) >= 4, given
 
 
+@pytest.mark.slow
 def test_bench_is_the_model(bench, full, model, processor):
     """The measuring forward gives what the model's own forward gives."""
     for index in range(0, 60, 6):
@@ -159,6 +160,7 @@ def test_accuracy(bench, full):
         assert full[bench.kinds == kind].mean() > floor, kind
 
 
+@pytest.mark.slow
 def test_accuracy_on_easyvqa():
     pytest.importorskip("easy_vqa")
     from foveate.zoo.easyvqa import easyvqa

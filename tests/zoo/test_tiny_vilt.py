@@ -90,6 +90,7 @@ def test_loads_offline_through_the_auto_classes_without_warnings(name, monkeypat
     assert inputs["pixel_values"].shape == (1, 3, 112, 112)
 
 
+@pytest.mark.slow
 def test_teacher_answers(teacher_hits):
     assert teacher_hits[:100].mean() > 0.8
     assert teacher_hits[100:].mean() > 0.85

@@ -123,9 +123,10 @@ def test_origins_name_the_token_that_carries_a_patch():
     assert bool(kept.gather(1, origins.clamp_min(0))[visual].all())
 
 
-def test_the_official_crash_is_a_clear_error_and_the_default_works():
+@pytest.mark.parametrize("keep", [None, 1])
+def test_the_official_crash_is_a_clear_error_and_the_default_works(keep: int | None):
     with pytest.raises(foveate.UnsupportedError, match=r"PruMerge\+ with faithful=True.*faithful=False"):
-        tower.counts("llava", PruMergePlus(faithful=True), batch=2)
+        tower.counts("llava", PruMergePlus(keep=keep, faithful=True), batch=2)
     assert all(n >= 1 for n in tower.counts("llava", PruMergePlus(), batch=2))
     assert tower.counts("llava", PruMerge(keep=5, faithful=True), batch=2) == [5, 5]
     assert tower.counts("llava", PruMerge(keep=0.25, faithful=True), batch=2) == [5, 5]  # int(16 / 4) and one more

@@ -92,8 +92,8 @@ def official_grid(chosen: Tensor, tokens: int, ratio: float, adaptive: bool) -> 
         adaptive: whether the ratio was found by outliers.
 
     Raises:
-        ValueError: the official code fails (no outlier or more than a third, or a grid that starts after the last patch), or
-            serves one image only.
+        ValueError: the official code fails (no outlier, more than a third, or a grid that starts after the
+            last patch), or serves one image only.
     """
     step = int(1 / ratio) if ratio > 0 else 0
     step = int(step / 3) if adaptive else step

@@ -35,9 +35,10 @@ def decided(family: str, method: str, keep: int | float, second: str) -> tuple[T
         return logits, [plain(trace.kept(stage)) for stage in trace.stages]
 
 
-@pytest.mark.parametrize(
-    "second", [pytest.param("meta:0", marks=pytest.mark.slow, id="one device"), pytest.param("meta:1", id="two devices")]
-)
+SECOND = [pytest.param("meta:0", marks=pytest.mark.slow, id="one device"), pytest.param("meta:1", id="two devices")]
+
+
+@pytest.mark.parametrize("second", SECOND)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", EVERYTHING)
 def test_it_decides_what_it_decides_on_one_device(method: str, family: str, second: str):

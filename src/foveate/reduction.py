@@ -315,6 +315,8 @@ class View:
         project: the model's projector on single features, (..., C) -> (..., D); None where a visual token is not the
             projection of one patch alone, so that merged features cannot be projected.
         ahead: of `hidden` and `active`, the attention row of the last token in the next layer (`TapSpec.ahead`).
+        tower_groups: (B, S) long, for a method whose tower works on fewer tokens (`Reducer.tower`): slots of a row with
+            the same number show one token of the tower; -1 for all other slots. None: the tower did not run.
     """
 
     stage: int
@@ -329,6 +331,7 @@ class View:
     state: dict[str, Any] = field(default_factory=dict)
     project: Callable[[Tensor], Tensor] | None = None
     ahead: Callable[[Tensor, Tensor], Tap] | None = None
+    tower_groups: Tensor | None = None
 
     @property
     def active_visual(self) -> Tensor:

@@ -141,7 +141,7 @@ def test_whole_models(name, method):
         model(**inputs)
     assert footprint(model) == before
     view = projected[0]
-    groups = view.info["tower_groups"]
+    groups = view.tower_groups
     for row in range(2):
         for label in groups[row][groups[row] >= 0].unique():
             states = view.hidden[row, groups[row] == label]

@@ -38,7 +38,7 @@ def tower_leaders(view: View, images: Patches) -> Tensor:
     Raises:
         UnsupportedError: the tower did not run under this session.
     """
-    groups = view.info.get("tower_groups")
+    groups = view.tower_groups
     if groups is None:
         raise UnsupportedError("the vision tower did not run in this call: give pixel_values, not image features")
     labels = groups[images.rows[:, None], images.slots.clamp_min(0)]

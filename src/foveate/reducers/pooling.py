@@ -210,5 +210,6 @@ class Downsample(Reducer):
         own = torch.arange(leaders.shape[1], device=leaders.device)
         smaller = ((leaders != own) & images.valid).any(1, keepdim=True)
         reduced = images.to_slots((images.valid & smaller).float(), *view.active.shape) > 0
-        ends = reduced & (view.info["tower_groups"] < 0)  # a row end belongs to the larger image
+        assert view.tower_groups is not None  # `tower_leaders` has refused it
+        ends = reduced & (view.tower_groups < 0)  # a row end belongs to the larger image
         return decide_by_groups(view, images, leaders, dropped=ends)

@@ -43,6 +43,7 @@ class ForwardPass:
         exclusive: tells the layers whose output nobody but us and the next layer can hold, so it may be overwritten.
             Asked inside the decoder, where it is known whether somebody collects hidden states.
         required: (B, S) bool slots that must stay whatever the method says, or None.
+        tower_groups: as in `View`.
     """
 
     anatomy: Anatomy
@@ -58,6 +59,7 @@ class ForwardPass:
     cache: DynamicCache | None = None
     exclusive: Callable[[], frozenset[int]] = frozenset
     required: Tensor | None = None
+    tower_groups: Tensor | None = None
 
     active: ActiveSet | None = None
     trace: Trace | None = None
@@ -256,7 +258,7 @@ class ForwardPass:
         # Methods see one device, that of the prompt, however the layers are spread.
         view = View(
             stage, hidden[:, :prompt].to(active.device), active, self.visual, self.tokens[:, :prompt], tap, patches,
-            self.layout, self.info, self._state, project,
+            self.layout, self.info, self._state, project, tower_groups=self.tower_groups,
         )  # fmt: skip
         spec = self.reducer.taps.get(stage)
         if spec is not None and spec.ahead:

@@ -256,13 +256,12 @@ class DecoderSession(Session):
             refuse_packing(given if call.inside else kwargs, tokens)
         visual = visual.to(inputs.device)
         info = {**call.features, **{name: value for name, value in call.given.items() if value is not None}}
-        if self._tower is not None:
-            info["tower_groups"] = self._tower.groups(self.anatomy, visual, info)
+        groups = None if self._tower is None else self._tower.groups(self.anatomy, visual, info)
         call.reduced = True
         call.forward_pass = ForwardPass(
             self.anatomy, self.reducer, rows, length, past, tokens, visual,
             build_layout(self._facts, visual, info, items), info, self._vision, cache, self._exclusive,
-            self._required(visual, length),
+            self._required(visual, length), groups,
         )  # fmt: skip
 
     def _text_called(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> None:

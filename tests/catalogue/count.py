@@ -16,6 +16,7 @@ from foveate.reduction import Decision, View
 from tests.catalogue.build import build, inputs
 from tests.catalogue.handmade import HANDMADE
 from tests.reference.masked import MaskedReference
+from tests.reference.patches import disagreements
 
 __all__ = ["IN_DECODER", "IN_TOWER", "OUTSIDE", "Wrong", "count", "judge"]
 
@@ -194,7 +195,16 @@ def count(name: str, impl: str = "sdpa") -> dict[str, str]:
                 without_cache = "same" if torch.allclose(cacheless, plain_logits, atol=1e-3) else "else"
             except Exception:
                 without_cache = "nothing"
-        return {
+        verdicts = {
             method: _verdict(lambda: judge(name, model, method, options, prompt, without_cache))  # noqa: B023
             for method, options in methods.items()
         }
+        if all(verdicts[method] == "exact" for method in IN_TOWER):
+
+            def traced() -> None:
+                wrong, found = disagreements(model, prompt, step=7)
+                if wrong or found < 3:
+                    raise Wrong(f"slots and their patches: {wrong[0] if wrong else 'no patch is in any slot'}")
+
+            verdicts |= dict.fromkeys(IN_TOWER, _verdict(traced))
+        return verdicts

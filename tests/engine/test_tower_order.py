@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tests import catalogue
 from tests.families import (
     DECODER,
     FAMILIES,
@@ -24,74 +25,15 @@ from tests.families import (
     spread_weights,
     token_types,
 )
+from tests.reference.patches import disagreements
 from torch import Tensor
 
 import foveate
-from foveate.engine.families.parts import Anatomy, resolve
-from foveate.reduction import Decision, Reducer, View, VisionSpec
-
-
-class _Probe(Reducer):
-    """Remembers, by slot, what was read and what entered the decoder."""
-
-    stages = (-1,)
-
-    def __init__(self, anatomy: Anatomy, seen: dict[str, Tensor]):
-        self.vision_taps = {anatomy.vision_layer: VisionSpec(attention=None, features=True)}
-        self.seen = seen
-
-    def decide(self, view: View) -> Decision:
-        (read,) = view.vision.values()
-        batch, length = view.visual.shape
-        weights = torch.randn(read.features.shape[-1], generator=torch.Generator().manual_seed(2))
-        self.seen["read"] = read.to_slots(read.features @ weights, batch, length)
-        self.seen["entered"] = view.hidden.detach().clone()
-        return Decision()
-
-
-@torch.no_grad()
-def _disagreements(model: Any, prompt: dict[str, Any], step: int = 3) -> tuple[list[str], int]:
-    """Patches whose slots and readings differ, and how many slots were changed in all."""
-    anatomy = resolve(model)
-    layer = anatomy.parent(anatomy.vision_attention()[anatomy.vision_layer])
-    changed: dict[str, int | None] = {"patch": None}
-    seen: dict[str, Tensor] = {}
-    calls: list[int] = []
-
-    def change(module: Any, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        first, flat = sum(calls), hidden.reshape(-1, hidden.shape[-1]).clone()
-        calls.append(len(flat))
-        if changed["patch"] is not None and 0 <= changed["patch"] - first < len(flat):
-            flat[changed["patch"] - first] += torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(1))
-        flat = flat.view(hidden.shape)
-        return (flat, *output[1:]) if isinstance(output, tuple) else flat
-
-    def look(patch: int | None) -> dict[str, Tensor]:
-        changed["patch"] = patch
-        calls.clear()
-        with foveate.apply(model, _Probe(anatomy, seen)):
-            model(**prompt)
-        return dict(seen)
-
-    handle = layer.register_forward_hook(change, prepend=True)  # before transformers records what leaves the layer
-    try:
-        before, wrong, found = look(None), [], 0
-        for patch in range(0, sum(calls), step):
-            after = look(patch)
-            made = (after["entered"] - before["entered"]).abs().amax(-1) > 1e-5
-            judged = (after["read"] - before["read"]).abs() > 1e-5
-            found += int(made.sum())
-            # A class token is a token, too: it changes no slot, and none may be read from it.
-            if not torch.equal(made, judged):
-                wrong.append(f"patch {patch} is in {made.nonzero().tolist()}, read for {judged.nonzero().tolist()}")
-    finally:
-        handle.remove()
-    return wrong, found
+from foveate.engine.families.parts import resolve
 
 
 def assert_slots_are_judged_by_their_patches(model: Any, prompt: dict[str, Any], step: int = 3) -> None:
-    wrong, found = _disagreements(model, prompt, step)
+    wrong, found = disagreements(model, prompt, step)
     assert not wrong, f"{len(wrong)} patches, such as: {wrong[0]}"
     assert found > 3
 
@@ -100,6 +42,34 @@ def assert_slots_are_judged_by_their_patches(model: Any, prompt: dict[str, Any],
 def test_every_family(name: str):
     model = build(name)
     assert_slots_are_judged_by_their_patches(model, inputs(name, model), step=5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama4", "video_llava", "janus", "ovis2", "lighton_ocr", "granite_docling", "deepseek_vl_hybrid", "muse_glimmer",
+     "kimi_k25", "molmo2", "gemma4", "cosmos3_edge", "ernie4_5_vl_moe"],
+)  # fmt: skip
+def test_other_ways_from_patches_to_slots(name: str):
+    model = catalogue.build(name)
+    assert_slots_are_judged_by_their_patches(model, catalogue.inputs(name, model), step=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("aria", "AriaCrossAttention"),
+        ("granite4_vision", "Blip2QFormerAttention"),
+        ("deepseek_ocr2", "queries of its own"),
+        ("kosmos-2", "KosmosTextAttention"),
+        ("got_ocr2", "computes its attention by itself"),
+        ("phi4_multimodal", "names no image encoder"),
+    ],
+)
+def test_slots_without_patches_are_refused_with_the_reason(name: str, reason: str):
+    model = catalogue.build(name)
+    for method in ("visionzip", "fopru"):
+        with pytest.raises(foveate.UnsupportedError, match=reason):
+            foveate.apply(model, foveate.build(method, keep=0.5))
 
 
 def _noise(*shape: int, seed: int = 3) -> Tensor:

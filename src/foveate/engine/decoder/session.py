@@ -174,9 +174,10 @@ class DecoderSession(Session):
                 features = get_features(*args, **kwargs)
                 given = dict(zip(inspect.signature(get_features).parameters, args)) | kwargs
                 call.features.update({name: value for name, value in given.items() if value is not None})
-                call.features["video_features" if is_video else "image_features"] = getattr(
-                    features, "pooler_output", features
-                )
+                pooled = getattr(features, "pooler_output", features)
+                if pooled is None:  # Llama 4 pools in its tower
+                    pooled = features.last_hidden_state
+                call.features["video_features" if is_video else "image_features"] = pooled
                 return features
             finally:
                 call.encoding = False

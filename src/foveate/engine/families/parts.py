@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
@@ -194,10 +193,9 @@ class Anatomy:
     def vision_attention(self) -> list[nn.Module]:
         """Self-attention modules of the vision tower, in depth order."""
         if self.vision is None:
-            why = "has no vision tower to read"
-            if isinstance(getattr(self.config, "vision_config", None), PreTrainedConfig):
-                why = "names no image encoder (get_encoder), so its vision tower cannot be read"
-            raise UnsupportedError(f"{type(self.model).__name__} {why}")
+            raise UnsupportedError(
+                f"{type(self.model).__name__} names no image encoder (get_encoder), so there is no vision tower to read"
+            )
         named = [(n, m) for n, m in self.vision.named_modules() if n.rpartition(".")[2] in _ATTENTION_NAMES]
         found = [module for _, module in named if hasattr(module, "config")]
         if not found:

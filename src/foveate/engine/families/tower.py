@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .parts import Anatomy
 
 __all__ = [
-    "TowerPlan", "check_feature_layer", "check_traceable", "is_stream", "merge_side", "pack", "plan_tower", "resampler",
-    "square_plan", "tiles_of",
+    "TowerPlan", "check_feature_layer", "check_traceable", "class_token_last", "is_stream", "merge_side", "pack",
+    "plan_tower", "resampler", "square_plan", "tiles_of",
 ]  # fmt: skip
 
 _ROW_MAJOR = {"kimi_k25", "muse_glimmer", "muse_spark", "paddleocr_vl"}
 """Streams in which an image's patches lie row by row."""
+_WINDOWS_OF_PATCHES = {"muse_glimmer", "muse_spark"}
+"""Of these, towers that sort single patches by windows and sort them back at their end."""
 _GROUPED = {
     "cohere_compass", "cosmos3_edge", "cosmos3_omni", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v", "glm4v_moe",
     "glm_ocr", "hyperclovax_vision_v2", "minimax_m3_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
@@ -39,6 +41,8 @@ _MIXES = {"deepseek_ocr2": "an encoder with queries of its own", "step3p7": "ove
 """Families whose visual tokens overlap, or see all patches, by something that no name in the model tells."""
 _LOCAL_ATTENTION = {"molmo2"}
 """Families whose connector attends within the patches of one visual token only."""
+_CLASS_TOKEN_LAST = {"llama4"}
+"""Families whose tower has its class token after the patches."""
 _CONNECTORS = ("projector", "connector", "resampler", "perceiver", "qformer", "abstractor", "image_to_text_projection")
 
 
@@ -74,6 +78,11 @@ def resampler(anatomy: Anatomy) -> str | None:
         if connects and id(module) not in inside and "attention" in type(module).__name__.lower():
             return type(module).__name__
     return None
+
+
+def class_token_last(anatomy: Anatomy) -> bool:
+    """Whether the class token of the tower, if it has one, stands after the patches."""
+    return getattr(anatomy.config, "model_type", "") in _CLASS_TOKEN_LAST
 
 
 def check_traceable(anatomy: Anatomy) -> None:
@@ -285,7 +294,12 @@ def _stream_plan(anatomy: Anatomy, grids: Tensor, merges: Any = None) -> TowerPl
 
         windows, _ = get_vision_window_index(grids, merge, config.window_size, config.patch_size)
         order = torch.argsort(windows)
-    kind = getattr(anatomy.config, "model_type", "")
+    kind, back = getattr(anatomy.config, "model_type", ""), None
+    if kind in _WINDOWS_OF_PATCHES:
+        from transformers.vision_utils import get_vision_window_index
+
+        windows, _ = get_vision_window_index(grids, 1, config.pos_emb_height * config.patch_size, config.patch_size)
+        back = torch.argsort(windows)
     if kind not in _ROW_MAJOR | _GROUPED and merge > 1:
         raise UnsupportedError(
             f"in which order {kind!r} models lay the patches of a visual token is not known; use a method that does "
@@ -294,6 +308,8 @@ def _stream_plan(anatomy: Anatomy, grids: Tensor, merges: Any = None) -> TowerPl
     sizes = [(h // merge, w // merge) for h, w in frames]
 
     def join(part: Tensor) -> Tensor:
+        if back is not None:
+            part = part[:, back.to(part.device)]
         if kind in _ROW_MAJOR:
             images = part[0].split([h * w for h, w in frames])
             return torch.cat([_grouped(image[None], h, w, merge) for image, (h, w) in zip(images, frames)])

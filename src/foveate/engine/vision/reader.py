@@ -21,7 +21,7 @@ from ...reduction import Patches, UnsupportedError, VisionSpec
 from ..decoder.taps import tap_attention
 from ..families.images import modality
 from ..families.parts import Anatomy
-from ..families.tower import TowerPlan, check_feature_layer, check_traceable, is_stream, plan_tower
+from ..families.tower import TowerPlan, check_feature_layer, check_traceable, class_token_last, is_stream, plan_tower
 from ..stopwatch import deciding
 from ..undo import Shared, Undo
 
@@ -54,6 +54,7 @@ class VisionReader(Shared):
     def __init__(self, anatomy: Anatomy, specs: dict[int, VisionSpec]):
         self.anatomy, self.specs = anatomy, specs
         self.has_cls = any(name.endswith(("class_embedding", "cls_token")) for name, _ in anatomy.vision_parameters())
+        self._last = class_token_last(anatomy)
         self._local = threading.local()
         self._project: Callable[[Tensor], Tensor] | None = None
         self._project_checked = False
@@ -120,8 +121,8 @@ class VisionReader(Shared):
         self, spec: VisionSpec, query: Tensor, key: Tensor, mask: Any, scaling: float, kwargs: dict[str, Any]
     ) -> Tensor:
         if spec.attention != "received" and self.has_cls:
-            first = query.new_zeros(query.shape[0], 1, dtype=torch.long)
-            return attention_rows(query, key, first, None, None, scaling, None)[:, :, 0]
+            asking = torch.full_like(query[:, 0, :1, 0], query.shape[2] - 1 if self._last else 0, dtype=torch.long)
+            return attention_rows(query, key, asking, None, None, scaling, None)[:, :, 0]
         ends = kwargs.get("cu_seq_lens_q")
         if ends is None:
             return attention_received(
@@ -154,9 +155,11 @@ class VisionReader(Shared):
                 continue  # of an earlier prompt
             stream = is_stream(self.anatomy, info, video)
             parts = reading.joined(stream)
-            cls = {name: value[:, 0] for name, value in parts.items()} if self.has_cls and not stream else {}
-            if cls:
-                parts = {name: value[:, 1:] for name, value in parts.items()}
+            cls = {}
+            if self.has_cls and not stream:
+                at, patches = (-1, slice(None, -1)) if self._last else (0, slice(1, None))
+                cls = {name: value[:, at] for name, value in parts.items()}
+                parts = {name: value[:, patches] for name, value in parts.items()}
             blocks, tokens = next(iter(parts.values())).shape[:2]
             plan = plan_tower(self.anatomy, blocks, tokens, info, video)
             out.setdefault(layer, []).append(_lay(plan, parts, cls, slots[video]))

@@ -46,8 +46,7 @@ def test_every_family(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama4", "video_llava", "janus", "ovis2", "lighton_ocr", "granite_docling", "deepseek_vl_hybrid", "muse_glimmer",
-     "kimi_k25", "molmo2", "gemma4", "cosmos3_edge", "ernie4_5_vl_moe"],
+    ["llama4", "video_llava", "lighton_ocr", "granite_docling", "muse_glimmer", "kimi_k25", "molmo2", "gemma4"],
 )  # fmt: skip
 def test_other_ways_from_patches_to_slots(name: str):
     model = catalogue.build(name)

@@ -17,7 +17,6 @@ from tests.families import (
     IMAGE_END,
     IMAGE_START,
     IMAGE_TOKEN,
-    QWEN_TOKENS,
     QWEN_TOWER,
     TOWER,
     VIDEO_TOKEN,
@@ -28,15 +27,6 @@ __all__ = ["REFUSED", "SOUND", "UNUSUAL", "omni", "prompt"]
 
 SOUND = 156
 LLAMA = {**DECODER, "model_type": "llama"}
-GEMMA4 = {
-    **DECODER,
-    "head_dim": 16,
-    "global_head_dim": 16,
-    "vocab_size_per_layer_input": 200,
-    "hidden_size_per_layer_input": 8,
-    "sliding_window": 64,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-}
 
 
 def _noise(*shape: int) -> Tensor:
@@ -180,49 +170,6 @@ def _idefics() -> Any:
     )
 
 
-def _qwen3_5() -> Any:
-    text = {**DECODER, "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    text |= {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2}
-    text |= {"rope_parameters": _mrope(4, 2, 2, partial_rotary_factor=1.0)}
-    vision = {**QWEN_TOWER, "depth": 3, "num_position_embeddings": 64}
-    return hf.Qwen3_5ForConditionalGeneration(hf.Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_TOKENS))
-
-
-def _lfm2() -> Any:
-    vision = {**TOWER, "model_type": "siglip2_vision_model", "patch_size": 8, "num_patches": 64}
-    config = hf.Lfm2VlConfig(
-        text_config=hf.Lfm2Config(**DECODER, layer_types=["conv", "conv", "full_attention"] * 2),
-        vision_config={**vision, "vision_use_head": False},
-        downsample_factor=2,
-        projector_hidden_size=64,
-        image_token_id=IMAGE_TOKEN,
-    )
-    return hf.Lfm2VlForConditionalGeneration(config)
-
-
-def _gemma4_shared() -> Any:
-    vision = {**TOWER, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2}
-    config = hf.Gemma4Config(
-        text_config={**GEMMA4, "num_kv_shared_layers": 2},
-        vision_config={**vision, "position_embedding_size": 64},
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=VIDEO_TOKEN,
-        audio_token_id=SOUND,
-        boi_token_id=IMAGE_START,
-        eoi_token_id=IMAGE_END,
-    )
-    return hf.Gemma4ForConditionalGeneration(config)
-
-
-def _gemma3n() -> Any:
-    text = {name: value for name, value in GEMMA4.items() if name != "global_head_dim"}
-    config = hf.Gemma3nTextConfig(
-        **text, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 6, altup_num_inputs=2, laurel_rank=8
-    )
-    return hf.Gemma3nForCausalLM(config)
-
-
 def _colpali() -> Any:
     vlm = hf.PaliGemmaConfig(
         text_config=hf.GemmaConfig(**DECODER, head_dim=16),
@@ -249,10 +196,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "mllama": (_mllama, "cross-attention"),
     "idefics": (_idefics, "cross-attention"),
     "blip": (_blip, "cross-attention"),
-    "qwen3_5": (_qwen3_5, r"of its 6 decoder layers 4 are linear attention.*Qwen3_5GatedDeltaNet"),
-    "lfm2_vl": (_lfm2, r"of its 6 decoder layers 4 are a convolution.*Lfm2ShortConv"),
-    "gemma4_shared": (_gemma4_shared, "last 2 decoder layers share the keys and values"),
-    "gemma3n": (_gemma3n, r"2 copies of the hidden states"),
     "colpali": (_colpali, "retrieval model"),
     "text": (_text, "takes no images"),
 }

@@ -41,6 +41,7 @@ class MaskedReference:
         self.removed = dict(removed)
         self.merge = dict(merge or {})
         self._handles: list[Any] = []
+        self._past = self._total = 0
 
     def __enter__(self) -> MaskedReference:
         for i, layer in enumerate(self.layers):
@@ -67,6 +68,9 @@ class MaskedReference:
         args, kwargs = by_name(self.layers[layer], args, kwargs)
         hidden = args[0]
         if layer == 0:
+            cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+            self._past = cache.get_seq_length() if cache is not None else 0
+            self._total = self._past + hidden.shape[-2]
             hidden = self._merged(-1, hidden)
         gone = self._gone(layer)
         if gone is not None:
@@ -88,14 +92,12 @@ class MaskedReference:
 
     def _blind(self, layer: int, hidden: Tensor, gone: Tensor, kwargs: dict) -> Tensor:
         """The layer's mask with the columns of removed tokens closed."""
-        rows, n_queries = hidden.shape[:2]
-        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        past = cache.get_seq_length(layer) if cache is not None else 0
-        total = past + n_queries
+        rows, n_queries = hidden.shape[-3:-1]
+        total = self._total
+        past = total - n_queries  # fewer queries than tokens where a decoder cuts them to those whose logits are wanted
         mask = kwargs.get("attention_mask")
         if mask is None:  # transformers leaves a plainly causal mask, within all windows, to the kernel
-            stored = cache.get_mask_sizes(n_queries, layer)[0] if cache is not None else total
-            mask = torch.arange(total - stored, total) <= torch.arange(past, total)[:, None]
+            mask = torch.arange(total) <= torch.arange(past, total)[:, None]
             mask = mask[None, None]
         columns = torch.arange(total - mask.shape[-1], total)
         known = torch.zeros(rows, total, dtype=torch.bool)

@@ -50,13 +50,15 @@ class Trace:
     records: list[StageRecord] = field(default_factory=list)
     kv_lengths: list[int] = field(default_factory=list)
     """Keys stored per layer after the prefill (row maximum in a ragged batch)."""
+    moved: dict[int, int] = field(default_factory=dict)
+    """Stages of the method that were carried out after another layer, since theirs has no attention to read."""
     tower: list[TowerCall] = field(default_factory=list)
     """What the vision tower computed, if the method works there; empty: all tokens in all its layers."""
 
     @property
     def stages(self) -> list[int]:
-        """Stages at which the method was asked, in order."""
-        return [record.stage for record in self.records]
+        """Stages after which the method's decisions were carried out, in order."""
+        return list(dict.fromkeys(record.stage for record in self.records))
 
     def active(self, stage: int) -> Tensor:
         """(B, S) bool: slots, text included, that are still computed after `stage`."""
@@ -135,4 +137,5 @@ class Trace:
 
     def scores(self, stage: int) -> Tensor | None:
         """(B, S) float scores by which the method chose at `stage`, None if it has none."""
-        return next((record.scores for record in self.records if record.stage == stage), None)
+        place = self.moved.get(stage, stage)
+        return next((record.scores for record in self.records if record.stage == place), None)

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...reduction import UnsupportedError
+from ..families.layers import KEYLESS
 
-__all__ = ["LogicalLayer", "check_cache", "logical_layer", "physical_lengths"]
+__all__ = ["SEEN_BY_ALL", "LogicalLayer", "check_cache", "logical_layer", "physical_lengths"]
+
+SEEN_BY_ALL = 10**6
+"""`LogicalLayer.until` of a key that no layer loses."""
 
 
 class LogicalLayer(DynamicLayer):
@@ -23,6 +28,8 @@ class LogicalLayer(DynamicLayer):
         next: (B, 1) position of the next token in this layer, None where the model's own positions hold.
         total: logical length, removed tokens included.
         filled: whether any stored key may be a filler.
+        until: (B, n) first decoder layer that must not see a stored key, where later layers share the keys of this
+            one and tokens were removed in between; None: all see all.
     """
 
     is_croppable = True
@@ -35,6 +42,7 @@ class LogicalLayer(DynamicLayer):
         self.next: Tensor | None = None
         self.total = 0
         self.filled = False
+        self.until: Tensor | None = None
         self.record_past = False
         self._announced: tuple[Tensor, Tensor | None, int] | None = None
 
@@ -50,6 +58,8 @@ class LogicalLayer(DynamicLayer):
         (self.kept, self.next, length), self._announced = self._announced, None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.total += length
+        if self.until is not None:
+            self.until = pad(self.until, (0, self.kept.shape[1] - self.until.shape[1]), value=SEEN_BY_ALL)
         if not self.record_past:
             self._evict()
         return keys, values
@@ -62,6 +72,7 @@ class LogicalLayer(DynamicLayer):
         if first > 0:
             self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
             self.kept = self.kept[:, first:]
+            self.until = None if self.until is None else self.until[:, first:]
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -89,6 +100,7 @@ class LogicalLayer(DynamicLayer):
             if stored:
                 super().crop(-stored)
                 self.kept = self.kept[:, : self.kept.shape[1] - stored]
+                self.until = None if self.until is None else self.until[:, : self.kept.shape[1]]
             self.next = None if self.next is None else self.next - removed
             self.total -= removed
         self._evict()
@@ -96,6 +108,7 @@ class LogicalLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.kept, self.next, self.total, self.filled, self._announced = None, None, 0, False, None
+        self.until = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -112,6 +125,7 @@ class LogicalLayer(DynamicLayer):
     def _rows(self, change) -> None:
         self.kept = None if self.kept is None else change(self.kept)
         self.next = None if self.next is None else change(self.next)
+        self.until = None if self.until is None else change(self.until)
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -124,10 +138,9 @@ def check_cache(cache: Cache | None) -> None:
             "(no cache_implementation=)"
         )
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LogicalLayer):
-            raise UnsupportedError(
-                f"a cache of {type(layer).__name__} cannot hold reduced prompts; use the dynamic cache"
-            )
+        kind = type(layer)
+        if kind not in (DynamicLayer, DynamicSlidingWindowLayer, LogicalLayer) and kind.__name__ not in KEYLESS:
+            raise UnsupportedError(f"a cache of {kind.__name__} cannot hold reduced prompts; use the dynamic cache")
 
 
 def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:

@@ -7,7 +7,7 @@ by slot and asks the method at its stages. Removed slots freeze at their last va
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, UnsupportedError, View
+from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, TapSpec, UnsupportedError, View
 from ..compat import check_arguments, given_cache
+from ..families.layers import positional_names
 from ..families.parts import Anatomy
 from ..layout import Layout
 from ..stopwatch import deciding
@@ -26,6 +27,7 @@ from .ahead import read_ahead
 from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
 from .masks import Reach, reduced_mask
+from .shared import SharedKeys
 from .taps import choose_rows, counted_from_first, read_rows
 
 __all__ = ["ForwardPass"]
@@ -44,6 +46,7 @@ class ForwardPass:
             Asked inside the decoder, where it is known whether somebody collects hidden states.
         required: (B, S) bool slots that must stay whatever the method says, or None.
         tower_groups: as in `View`.
+        places: after which layer a stage is carried out, where that is not its own.
     """
 
     anatomy: Anatomy
@@ -60,11 +63,12 @@ class ForwardPass:
     exclusive: Callable[[], frozenset[int]] = frozenset
     required: Tensor | None = None
     tower_groups: Tensor | None = None
+    places: Mapping[int, int] = field(default_factory=dict)
 
     active: ActiveSet | None = None
     trace: Trace | None = None
-    tap: Tap | None = None
     first_frame: Tensor | None = None
+    _taps: dict[int, Tap] = field(default_factory=dict)
     _state: dict[str, Any] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
     _frame: Tensor | None = None
@@ -77,10 +81,15 @@ class ForwardPass:
     _embeddings: Any = None
 
     def __post_init__(self) -> None:
-        self.stages = frozenset(self.reducer.stages) if self.visual is not None else frozenset()
+        stages = sorted(self.reducer.stages) if self.visual is not None else []
+        self._due: dict[int, list[int]] = {}
+        for stage in stages:
+            self._due.setdefault(self.places.get(stage, stage), []).append(stage)
+        self._shared = SharedKeys(self.anatomy.shared_keys, self.past, self.length)
         self._keys_per_layer = [0] * self.anatomy.depth
         if self.visual is not None:
             self.trace = Trace(self.anatomy.depth, self.visual, self.tokens[:, : self.prompt], self.layout)
+            self.trace.moved = dict(self.places)
 
     @property
     def prompt(self) -> int:
@@ -92,27 +101,33 @@ class ForwardPass:
         """Before a decoder layer: hand it the rows that are left."""
         hidden = args[0] if args else kwargs["hidden_states"]
         given = hidden
-        if layer == 0 and BEFORE_LAYERS in self.stages:
+        if layer == 0 and BEFORE_LAYERS in self._due:
             hidden = self._decide(BEFORE_LAYERS, hidden)
             if hidden is not given or self.active is not None:
                 self.first_frame = hidden
         self._frame, self._reach = hidden, None
         self.cache = given_cache(args, kwargs)
-        stored, self._embeddings = self._stored(layer, self.cache), kwargs.get("position_embeddings")
-        self._keys_per_layer[layer] = self.past + self.length
-        if self.active is None and stored is None:
+        names = positional_names(module, len(args) - 1) if len(args) > 1 else ()
+        changed = {**dict(zip(names, args[1:])), **kwargs}
+        self._embeddings = changed.get("position_embeddings")
+        whole = self._tokens_of(hidden) == self.length
+        stored = self._stored(layer, self.cache)
+        reach = self._reach_of(layer, stored, changed, self._tokens_of(hidden))
+        if self.active is None and reach is None:
             return None if hidden is given else _with_hidden(args, kwargs, hidden)
-        changed = dict(kwargs)
-        reach = self._announce(layer, stored)
         self._reach = reach
-        self._keys_per_layer[layer] = reach.keys.shape[1]
-        changed["attention_mask"] = self._mask(kwargs.get("attention_mask"), reach, hidden.dtype)
-        if "position_embeddings" in kwargs:
-            self._embeddings = self._rope(layer, kwargs["position_embeddings"], hidden, stored)
-            changed["position_embeddings"] = self._embeddings
-        if self.active is not None:
-            hidden = take_rows(hidden, self.active)
-            args, changed = args[:1] + tuple(map(self._take, args[1:])), self._take_others(changed)
+        if reach is None:
+            changed["attention_mask"] = self._recurrent_mask()
+        else:
+            changed["attention_mask"] = self._mask(changed.get("attention_mask"), reach, hidden.dtype)
+            if "position_embeddings" in changed and whole:
+                self._embeddings = self._rope(layer, changed["position_embeddings"], hidden, stored)
+                changed["position_embeddings"] = self._embeddings
+        if self.active is not None and whole:
+            hidden, changed = self._take_hidden(hidden), self._take_others(changed)
+        elif not whole:
+            self._frame = None  # the decoder itself has cut it to the tokens whose logits are wanted
+        args = (*args[:1], *(changed.pop(name) for name in names))
         return _with_hidden(args, changed, hidden)
 
     def leave(self, layer: int, output: Any) -> Any:
@@ -121,13 +136,13 @@ class ForwardPass:
         new = hidden
         if self.active is not None and self._frame is not None:
             mine = self._frame is self._mine and self._frame.device == hidden.device
-            new = put_rows(self._frame, self.active, hidden, in_place=mine)
+            new = self._put_hidden(hidden, in_place=mine)
             if "exclusive" not in self._memo:
                 self._memo["exclusive"] = self.exclusive()
             self._mine = new if layer in self._memo["exclusive"] else None
         self._frame = None
-        if layer in self.stages:
-            new = self._decide(layer, new)
+        for stage in self._due.get(layer, ()):
+            new = self._decide(stage, new)
             self._mine = None  # the method may have kept what it saw
         if new is hidden:
             return None
@@ -136,18 +151,66 @@ class ForwardPass:
     def finish(self) -> Trace | None:
         """After the decoder: the completed trace of a prefill with images, else None."""
         if self.trace is not None:
+            if self.active is not None and self.cache is not None:
+                self._shared.remember(self.cache, self.trace, self.active)
             stored = physical_lengths(self.cache) if self.cache is not None else []
             self.trace.kv_lengths = stored if any(stored) else self._keys_per_layer
         return self.trace
 
     # --------------------------------------------------------------------------------------- what a layer is handed
     def _stored(self, layer: int, cache: DynamicCache | None) -> LogicalLayer | None:
-        if cache is None:
+        if cache is None or layer in self.anatomy.keyless or layer in self.anatomy.shared_keys:
             return None
         if self.active is not None:
             return logical_layer(cache, layer)
         current = cache.layers[layer] if layer < len(cache.layers) else None
         return current if isinstance(current, LogicalLayer) else None
+
+    def _reach_of(
+        self, layer: int, stored: LogicalLayer | None, given: Mapping[str, Any], queries: int
+    ) -> Reach | None:
+        """None where a layer has no keys, or where neither its tokens nor its keys have changed."""
+        self._keys_per_layer[layer] = 0
+        source = self.anatomy.shared_keys.get(layer)
+        if source is not None:
+            return self._shared.reach(
+                layer, source, given.get("shared_kv_states"), self.active, self._rows(), queries,
+                self._positions is not None, self._implementation,
+            )  # fmt: skip
+        if layer in self.anatomy.keyless:
+            return None
+        reach = None if self.active is None and stored is None else self._announce(layer, stored)
+        self._keys_per_layer[layer] = self.past + self.length if reach is None else reach.keys.shape[1]
+        self._shared.ran(layer, reach, self.active, stored)
+        return reach
+
+    def _recurrent_mask(self) -> Tensor | None:
+        """Fillers of ragged rows stand on the left, where a recurrent layer takes them for padding and zeroes them."""
+        assert self.active is not None
+        if self.active.valid is not None and self.past:
+            raise UnsupportedError(
+                "rows of a batch that keep different numbers of tokens cannot go on from a recurrent state "
+                "(linear attention, convolution): give each row a call of its own, or a budget in tokens"
+            )
+        return self.active.valid
+
+    @staticmethod
+    def _tokens_of(hidden: Tensor) -> int:
+        return hidden.shape[-2] if hidden.dim() == 3 else hidden.shape[2]
+
+    def _take_hidden(self, hidden: Tensor) -> Tensor:
+        assert self.active is not None
+        if self.anatomy.stream is None:
+            return take_rows(hidden, self.active)
+        return take_rows(hidden.permute(1, 2, 0, 3), self.active).permute(2, 0, 1, 3)
+
+    def _put_hidden(self, hidden: Tensor, in_place: bool) -> Tensor:
+        assert self.active is not None
+        assert self._frame is not None
+        if self.anatomy.stream is None:
+            return put_rows(self._frame, self.active, hidden, in_place)
+        frame, rows = self._frame.permute(1, 2, 0, 3), hidden.permute(1, 2, 0, 3)
+        return put_rows(frame, self.active, rows, False).permute(2, 0, 1, 3)
 
     def _announce(self, layer: int, stored: LogicalLayer | None) -> Reach:
         """Slots of the queries and keys of this layer; tells its cache what is coming."""
@@ -176,11 +239,14 @@ class ForwardPass:
             self._memo["rows"] = torch.arange(self.length, device=self.tokens.device).expand(self.rows, -1)
         return self._memo["rows"], None, self.past
 
+    @property
+    def _implementation(self) -> str:
+        return getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager"
+
     def _mask(self, mask: Any, reach: Reach, dtype: torch.dtype) -> Tensor | None:
         key = ("mask", id(mask), id(reach.keys), reach.window)
         if key not in self._memo:
-            implementation = getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager"
-            self._memo[key] = (reduced_mask(mask, reach, implementation, dtype), mask, reach.keys)
+            self._memo[key] = (reduced_mask(mask, reach, self._implementation, dtype), mask, reach.keys)
         return self._memo[key][0]
 
     def _rope(self, layer: int, rope: Any, hidden: Tensor, stored: LogicalLayer | None) -> Any:
@@ -215,7 +281,7 @@ class ForwardPass:
 
     def _take_others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.active is not None
-        done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
+        done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids", "shared_kv_states")
         check_arguments(kwargs, self.rows, self.length, done)
         taken = {name: value if name in done else self._take(value) for name, value in kwargs.items()}
         if taken.get("position_ids") is not None:
@@ -228,9 +294,13 @@ class ForwardPass:
     @deciding
     def listen(self, layer: int, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> None:
         """Attention of a tapped decoder layer passes: read the rows its stage asks for."""
-        if layer not in self.stages or self.visual is None:
-            return
-        spec = self.reducer.taps[layer]
+        for stage in self._due.get(layer, ()):
+            spec = self.reducer.taps.get(stage)
+            if spec is not None and spec.queries is not None:
+                self._taps[stage] = self._read(spec, module, query, key, mask, kwargs)
+
+    def _read(self, spec: TapSpec, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> Tap:
+        assert self.visual is not None
         wanted = choose_rows(spec, self._active()[:, : self.prompt], self.visual, self._state)
         wanted = _widen(wanted, self.length, False)
         rows, valid, past = self._rows()
@@ -239,10 +309,11 @@ class ForwardPass:
             total = past + self.length
             keys = torch.arange(total - key.shape[2], total, device=rows.device).expand(self.rows, -1)
             reach = Reach(keys, rows + past, None, valid, False, past, self.length, None)
-        self.tap = read_rows(spec, wanted, rows, reach, query, key, mask, kwargs)
+        tap = read_rows(spec, wanted, rows, reach, query, key, mask, kwargs)
         if spec.keep_qk and not past and not self.anatomy.mrope:
             there = self.tokens.gather(1, rows) if valid is None else self.tokens.gather(1, rows) & valid
-            counted_from_first(module, self.tap, self._embeddings, there.int().argmax(1))
+            counted_from_first(module, tap, self._embeddings, there.int().argmax(1))
+        return tap
 
     def _active(self) -> Tensor:
         return self.tokens if self.active is None else self.active.keep
@@ -252,12 +323,13 @@ class ForwardPass:
         """Ask the method, carry out what it says, write it down. Returns the frame, a new one if tokens merged."""
         assert self.visual is not None
         assert self.trace is not None
-        prompt, tap, self.tap = self.prompt, self.tap, None
+        prompt, tap, stream = self.prompt, self._taps.pop(stage, None), self.anatomy.stream
         active = self._active()[:, :prompt]
-        patches, project = self._seen(hidden)
+        states = hidden if stream is None else hidden[stream]
+        patches, project = self._seen(states)
         # Methods see one device, that of the prompt, however the layers are spread.
         view = View(
-            stage, hidden[:, :prompt].to(active.device), active, self.visual, self.tokens[:, :prompt], tap, patches,
+            stage, states[:, :prompt].to(active.device), active, self.visual, self.tokens[:, :prompt], tap, patches,
             self.layout, self.info, self._state, project, tower_groups=self.tower_groups,
         )  # fmt: skip
         spec = self.reducer.taps.get(stage)
@@ -267,6 +339,11 @@ class ForwardPass:
         if decision is None:
             decision = Decision()
         if decision.slots is not None:
+            if stream is not None:
+                raise UnsupportedError(
+                    f"{type(self.anatomy.model).__name__} keeps several copies of the hidden states (AltUp), and a "
+                    "merged token has one; use a method that only removes"
+                )
             hidden = self._overwrite(hidden, decision)
         if decision.keep is not None:
             self._remove(_checked_keep(decision.keep, active), decision.positions or self.reducer.positions)
@@ -278,14 +355,14 @@ class ForwardPass:
         if origin is not None and decision.keep is not None:  # what stays against the method's word stands for itself
             slots = torch.arange(origin.shape[1], device=origin.device)
             origin = torch.where(active & ~decision.keep.to(active.device), slots, origin)
-        return StageRecord(stage, active, origin, None if scores is None else scores.detach())
+        return StageRecord(self.places.get(stage, stage), active, origin, None if scores is None else scores.detach())
 
     def _seen(self, hidden: Tensor) -> tuple[dict[int, Patches], Callable[[Tensor], Tensor] | None]:
         """What was read in the vision tower, aligned once per pass, and the projector if single features have one."""
         if self.vision is not None and self._patches is None:
             assert self.visual is not None
             self._patches = self.vision.patches(self.visual, self.info)
-            self._project = self.vision.projector(self._patches, hidden) if -1 in self.stages else None
+            self._project = self.vision.projector(self._patches, hidden) if -1 in self._due else None
         return self._patches or {}, self._project
 
     def _overwrite(self, hidden: Tensor, decision: Decision) -> Tensor:

@@ -65,16 +65,16 @@ def take_rows(frame: Tensor, active: ActiveSet) -> Tensor:
 
 
 def put_rows(frame: Tensor, active: ActiveSet, rows: Tensor, in_place: bool) -> Tensor:
-    """Write rows (B, n, D) back into a frame (B, S, D); in place only where nobody else holds the frame."""
-    index, rows = active.flat(rows.device), rows.reshape(-1, rows.shape[-1])
+    """Write rows (B, n, ...) back into a frame (B, S, ...); in place only where nobody else holds the frame."""
+    index, rows = active.flat(rows.device), rows.flatten(0, 1)
     if active.real is not None:  # removed slots stay as they were
         real = active.real.to(rows.device)
         index, rows = index[real], rows.index_select(0, real)
     if in_place:
-        frame.view(-1, frame.shape[-1]).index_copy_(0, index, rows)
+        frame.view(-1, *frame.shape[2:]).index_copy_(0, index, rows)
         return frame
     frame = frame.to(rows.device)
-    return frame.reshape(-1, frame.shape[-1]).index_copy(0, index, rows).view(frame.shape)
+    return frame.flatten(0, 1).index_copy(0, index, rows).view(frame.shape)
 
 
 def take_rope(rope: Any, index: Tensor, length: int) -> Any:

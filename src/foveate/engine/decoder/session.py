@@ -24,7 +24,7 @@ from ..vision.reader import VisionReader
 from .cache import LogicalLayer, check_cache
 from .call import Call, by_name, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
 from .forward_pass import ForwardPass
-from .taps import tap_attention
+from .taps import places_of, tap_attention
 
 __all__ = ["DecoderSession"]
 
@@ -88,9 +88,10 @@ class DecoderSession(Session):
             undo.pre_hook(layer, functools.partial(self._layer_called, i), with_kwargs=True)
             # First in line, so that every other hook sees the full frame.
             undo.hook(layer, functools.partial(self._layer_done, i), prepend=True)
-        for i, spec in reducer.taps.items():
-            if spec.queries is not None:
-                tap_attention(undo, parts.attention(i), functools.partial(self._attending, i))
+        self._places = places_of(reducer, parts)
+        read = {self._places.get(stage, stage) for stage, spec in reducer.taps.items() if spec.queries is not None}
+        for i in sorted(read):
+            tap_attention(undo, parts.attention(i), functools.partial(self._attending, i))
         if reducer.vision_taps:
             self._vision = VisionReader(parts, dict(reducer.vision_taps))
             self._vision.install(undo)
@@ -227,24 +228,24 @@ class DecoderSession(Session):
             )
 
     # ------------------------------------------------------------------------------------------------- the decoder
-    def _decoder_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _decoder_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         _refuse_compiling()
         if not self._begin("decoder"):
-            return
+            return None
         call = self._call
         call.forward_pass = None
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
-            return
+            return None
         rows, length = inputs.shape[:2]
         cache = given_cache(args, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         visual, items = self._visual_slots(rows, length, past, kwargs)
         if visual is None:
             self._text_called(cache, rows, length, past, inputs.device)
-            return
+            return None
         check_cache(cache)
         check_checkpointing(self.anatomy.base.modules())
         if call.chunk:
@@ -262,8 +263,12 @@ class DecoderSession(Session):
         call.forward_pass = ForwardPass(
             self.anatomy, self.reducer, rows, length, past, tokens, visual,
             build_layout(self._facts, visual, info, items), info, self._vision, cache, self._exclusive,
-            self._required(visual, length), groups,
+            self._required(visual, length), groups, self._places,
         )  # fmt: skip
+        shared = min(self.anatomy.shared_keys, default=self.anatomy.depth)
+        if "logits_to_keep" in kwargs and any(self._places.get(s, s) >= shared for s in self.reducer.stages):
+            return args, {**kwargs, "logits_to_keep": 0}  # else these stages would be shown the last tokens only
+        return None
 
     def _text_called(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> None:
         """A pass without images; over a reduced cache it still needs to know what is left."""
@@ -389,7 +394,7 @@ def _watched(layer: nn.Module, ours: frozenset[int]) -> bool:
 def _show_whole_prompt(output: Any, frame: Tensor) -> None:
     """transformers records what layer 0 was given; callers expect the whole prompt there."""
     states: Any = getattr(output, "hidden_states", None)
-    if states and states[0] is not None and states[0].shape[1] != frame.shape[1]:
+    if states and states[0] is not None and states[0].shape != frame.shape:
         output.hidden_states = (frame, *states[1:])
 
 

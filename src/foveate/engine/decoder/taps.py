@@ -18,11 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.attention import attention_rows
 from ...ops.select import true_indices
-from ...reduction import Tap, TapSpec, UnsupportedError
+from ...reduction import Reducer, Tap, TapSpec, UnsupportedError
+from ..families.parts import Anatomy
 from ..undo import Undo
 from .masks import Reach
 
-__all__ = ["choose_rows", "counted_from_first", "in_backward", "read_rows", "tap_attention"]
+__all__ = ["choose_rows", "counted_from_first", "in_backward", "places_of", "read_rows", "tap_attention"]
 
 _PREFIX = "foveate_tap:"
 _LISTENERS = "_foveate_taps"
@@ -64,6 +65,33 @@ def tap_attention(undo: Undo, module: Any, listener: Callable[..., None]) -> Non
         routed._attn_implementation_internal = name
         undo.set(module, "config", routed)
     undo.set(module, _LISTENERS, (*listeners, listener))
+
+
+def places_of(reducer: Reducer, anatomy: Anatomy) -> dict[int, int]:
+    """{stage: layer after which it is carried out} where that is another layer than its own.
+
+    A stage that reads attention in a layer without any goes to the nearest layer that has some, rather an earlier one,
+    but never before the stage in front of it; those behind follow in order.
+
+    Raises:
+        UnsupportedError: there is no such layer.
+    """
+    readable = [i for i in range(anatomy.depth) if i not in anatomy.keyless]
+    places, last = {}, -1
+    for stage in sorted(reducer.stages):
+        spec, place = reducer.taps.get(stage), max(stage, last)
+        if spec is not None and spec.queries is not None:
+            near = [i for i in readable if i >= last]
+            if not near:
+                raise UnsupportedError(
+                    f"{type(reducer).__name__} reads attention in decoder layer {stage} of "
+                    f"{type(anatomy.model).__name__}, which has none, nor has any layer behind it"
+                )
+            place = min(near, key=lambda i: (abs(i - stage), i))
+        if place != stage:
+            places[stage] = place
+        last = place
+    return places
 
 
 def in_backward() -> bool:

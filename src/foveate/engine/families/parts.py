@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
 from ...reduction import UnsupportedError
+from .layers import attention_of, cache_layers, keyless, shared_keys
 from .support import check_decoder, check_model, no_placeholders, takes_images
 from .tower import resampler
 
@@ -142,10 +142,9 @@ class Anatomy:
 
     def attention(self, layer: int) -> nn.Module:
         """Self-attention module of a decoder layer. Raises `UnsupportedError` if the layer has none."""
-        for name in _ATTENTION_NAMES:
-            module = getattr(self.layers[layer], name, None)
-            if module is not None:
-                return module
+        module = attention_of(self.layers[layer])
+        if module is not None:
+            return module
         raise UnsupportedError(f"decoder layer {layer} ({type(self.layers[layer]).__name__}) has no attention to read")
 
     @property
@@ -207,8 +206,27 @@ class Anatomy:
     def sliding_windows(self) -> tuple[int | None, ...]:
         """Sliding window of each decoder layer in tokens, None where it attends to everything."""
         # Families keep the window in different places; the cache they get knows them all.
-        layers = DynamicCache(config=self.config).layers
-        return tuple(getattr(layer, "sliding_window", None) for layer in layers) or (None,) * self.depth
+        windows = [getattr(layer, "sliding_window", None) for layer in cache_layers(self.config)] or [None] * self.depth
+        windows += [None] * (self.depth - len(windows))
+        for layer, source in self.shared_keys.items():
+            windows[layer] = windows[source]
+        return tuple(windows)
+
+    @cached_property
+    def shared_keys(self) -> dict[int, int]:
+        """Decoder layers that attend to the keys of an earlier layer, and to which (Gemma 4 E, Gemma 3n)."""
+        return shared_keys(self.layers)
+
+    @cached_property
+    def keyless(self) -> frozenset[int]:
+        """Decoder layers without keys: linear attention, convolutions, Mamba, and MLPs on their own."""
+        return keyless(self.layers, self.config)
+
+    @cached_property
+    def stream(self) -> int | None:
+        """Which of several copies of the hidden states, (copies, B, S, D), attends (Gemma 3n); None: there is one."""
+        several = hasattr(self.decoder, "altup_projections") and self.text_config.altup_num_inputs > 1
+        return self.text_config.altup_active_idx if several else None
 
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of a decoder layer at `positions` (B, n): (B, n, d) each. `UnsupportedError` without 1-D RoPE."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
 from ...reduction import UnsupportedError
+from .layers import cache_layers, zeroes_padding
 
 __all__ = ["check_decoder", "check_model", "no_placeholders", "takes_images"]
 
@@ -33,6 +33,9 @@ _LAYER_TYPES = {
 """Words for the layer types of transformers' configurations that read more than a set of keys."""
 _MIXERS = {"linear_attn": "linear_attention", "mamba": "mamba", "conv": "conv", "temporal_block": "linear_attention"}
 """Modules of decoder layers whose configuration does not name a type."""
+_RECURRENT = {"linear_attention", "mamba", "conv"}
+"""Kinds that are served where the module zeroes padding."""
+_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
 _CROSS = {
     "cross_attn",
     "gated_cross_attn_layers",
@@ -89,17 +92,11 @@ def check_decoder(kind: str, decoder: nn.Module, layers: Sequence[nn.Module], co
         config: configuration of the whole model.
 
     Raises:
-        UnsupportedError: several streams or copies of hidden states, recurrent or convolution layers, sparse attention
-            with an index, keys shared between layers. The message names which.
+        UnsupportedError: several streams of hidden states, recurrent layers into which padding would go, sparse
+            attention with an index. The message names which.
     """
     text = config.get_text_config(decoder=True)
     children = [dict(layer.named_children()) for layer in layers]
-    copies = getattr(text, "altup_num_inputs", 1) if hasattr(decoder, "altup_projections") else 1
-    if copies > 1:
-        raise UnsupportedError(
-            f"{kind} hands its layers {copies} copies of the hidden states (AltUp), of shape (copies, B, S, D); "
-            "token reduction needs (B, S, D)"
-        )
     if any("hyper_connection" in name or name.endswith("_hc") for parts in children for name in parts):
         raise UnsupportedError(
             f"{kind} keeps several streams of hidden states per token (hyper-connections), which cannot be shortened"
@@ -111,13 +108,7 @@ def check_decoder(kind: str, decoder: nn.Module, layers: Sequence[nn.Module], co
             f"{kind}: of its {len(layers)} decoder layers {words}; visual tokens can be removed only where every layer "
             "is full or sliding-window attention"
         )
-    shared = getattr(text, "num_kv_shared_layers", 0) or 0
-    if shared:
-        raise UnsupportedError(
-            f"{kind}: its last {shared} decoder layers share the keys and values of earlier layers, in which removed "
-            "tokens would still be seen"
-        )
-    other = {type(layer).__name__ for layer in _cache_layers(config)} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    other = {type(layer).__name__ for layer in cache_layers(config)} - _CACHES
     if other:
         raise UnsupportedError(f"{kind}: its layers cache more than keys and values ({', '.join(sorted(other))})")
 
@@ -132,16 +123,11 @@ def _kinds(text: Any, children: list[dict[str, nn.Module]]) -> list[str]:
             kind = _MIXERS[mixer]
         if kind is not None and kind not in _SERVED and (kind in _LAYER_TYPES or "self_attn" not in parts):
             module = parts.get(mixer or "mixer")
+            if kind in _RECURRENT and module is not None and zeroes_padding(module):
+                continue
             name = f" ({type(module).__name__})" if module is not None else ""
             found.append(_LAYER_TYPES.get(kind, f"of type {kind!r}") + name)
     return found
-
-
-def _cache_layers(config: Any) -> list[Any]:
-    try:
-        return list(DynamicCache(config=config).layers)
-    except Exception:  # a configuration of the user's own
-        return []
 
 
 def takes_images(model: Any, vision: nn.Module | None) -> bool:

@@ -1,0 +1,74 @@
+"""What the layers of a decoder are: attention over keys of their own, of another layer, a recurrent state, or neither.
+
+Judged by the kind of cache that transformers gives a layer and by what its modules declare, never by a model's name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+__all__ = ["KEYLESS", "attention_of", "cache_layers", "keyless", "positional_names", "shared_keys", "zeroes_padding"]
+
+_ATTENTION_NAMES = ("self_attn", "attn", "attention")
+KEYLESS = {"LinearAttentionLayer", "DummyLayer"}
+"""Cache layers that hold a recurrent state (linear attention, convolution, Mamba) or nothing."""
+
+
+def cache_layers(config: Any) -> list[Any]:
+    """An empty cache layer for each decoder layer; none for a configuration that transformers cannot read."""
+    try:
+        return list(DynamicCache(config=config).layers)
+    except Exception:  # a configuration of the user's own
+        return []
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The self-attention module of a decoder layer, None if it has none."""
+    for name in _ATTENTION_NAMES:
+        module = getattr(layer, name, None)
+        if module is not None:
+            return module
+    mixer = getattr(layer, "mixer", None)  # Nemotron-H: one name for attention, Mamba and MLP
+    return mixer if hasattr(mixer, "k_proj") else None
+
+
+def shared_keys(layers: Sequence[nn.Module]) -> dict[int, int]:
+    """Layers that attend to the keys of an earlier layer, and to which: the last of their type that hands them on."""
+    found: dict[int, int] = {}
+    source: dict[Any, int] = {}
+    for i, layer in enumerate(layers):
+        attention: Any = attention_of(layer)
+        kind = getattr(attention, "layer_type", None)
+        if getattr(attention, "is_kv_shared_layer", False):
+            found[i] = source[kind]
+        elif getattr(attention, "store_full_length_kv", False):
+            source[kind] = i
+    return found
+
+
+def keyless(layers: Sequence[nn.Module], config: Any) -> frozenset[int]:
+    """Layers without keys: recurrent ones, and those that work on each token by itself."""
+    cached, shared = cache_layers(config), shared_keys(layers)
+    return frozenset(i for i, layer in enumerate(cached) if type(layer).__name__ in KEYLESS and i not in shared)
+
+
+def zeroes_padding(mixer: nn.Module) -> bool:
+    """Whether a recurrent module zeroes what a 2-D mask calls padding, so that its state is that of a shorter row."""
+    projections = [part for name, part in mixer.named_children() if name.startswith("in_proj")]
+    return (
+        hasattr(sys.modules[type(mixer).__module__], "apply_mask_to_padding_states")
+        and "attention_mask" in inspect.signature(mixer.forward).parameters
+        and all(getattr(part, "bias", None) is None for part in projections)
+    )
+
+
+def positional_names(module: nn.Module, count: int) -> tuple[str, ...]:
+    """Names of the arguments that follow the hidden states in a layer's forward."""
+    names = tuple(inspect.signature(module.forward).parameters)[1 : count + 1]
+    return names + tuple(f"argument {i}" for i in range(len(names), count))

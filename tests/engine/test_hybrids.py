@@ -1,0 +1,285 @@
+"""Decoders whose layers are not all plain attention: recurrent layers, shared keys, copies of the hidden states.
+
+What counts as exact: a recurrent layer runs on the shorter sequence, attention does not look at what was removed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from tests import catalogue
+from tests.families import DECODER, spread_weights
+from tests.reference.checks import footprint, largest
+from tests.reference.masked import MaskedReference
+from tests.reference.plans import Fixed, KeepAll
+from tests.reference.short import ShortReference
+from torch import Tensor
+
+import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
+
+TOLERANCE = 1e-3
+"""Of logits: a delta rule in a batch and alone differs by some 1e-4 in float32."""
+SHARED = {"num_kv_shared_layers": 2}
+MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen3_5": ("qwen3_5", {}),
+    "qwen3_5_moe": ("qwen3_5_moe", {}),
+    "minicpmv4_6": ("minicpmv4_6", {}),
+    "lfm2_vl": ("lfm2_vl", {}),
+    "lfm3_vl": ("lfm3_vl", {}),
+    "nemotron_h_omni": ("nemotron_h_omni", {}),
+    "gemma4_shared": ("gemma4", SHARED),
+    "gemma4_shared_window": ("gemma4", {**SHARED, "sliding_window": 12}),
+}
+SEVERAL_PLANS = ("qwen3_5", "lfm2_vl", "gemma4_shared", "gemma4_shared_window")
+PLANS: dict[str, Mapping[int, Sequence[float]]] = {
+    "before and inside": {-1: [0.8, 0.7], 1: [0.6, 0.3]},
+    "late, one row withdrawn": {3: [0.6, 0.3], 4: [0.3, 0]},
+}
+ASKED = ("qwen3_5", "minicpmv4_6", "lfm2_vl", "gemma4_shared")
+"""Those that users ask for: twenty greedy tokens and a second turn."""
+
+
+@pytest.fixture(autouse=True)
+def _transformers_own_deprecations(monkeypatch: pytest.MonkeyPatch):
+    """Nemotron-H's code still asks its configuration for `torch_dtype`."""
+    monkeypatch.setattr(hf.configuration_utils.logger, "warning_once", lambda *args, **kwargs: None)
+
+
+@functools.cache
+def _built(name: str) -> tuple[Any, dict[str, Tensor]]:
+    key, text = MODELS[name]
+    if not hasattr(hf, catalogue.class_name(key)):
+        pytest.skip(f"this transformers has no {catalogue.class_name(key)}")
+    model = catalogue.build(key, text=text)
+    return model, catalogue.inputs(key, model)
+
+
+def _alone(prompt: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row of two, without padding."""
+    rows, real, found = len(prompt["input_ids"]), prompt["attention_mask"][row].bool(), {}
+    for name, value in prompt.items():
+        if value.shape == prompt["input_ids"].shape:
+            found[name] = value[row : row + 1, real]
+        elif name == "pixel_values" and "target_sizes" in prompt:  # MiniCPM-V: images side by side
+            found[name] = value.chunk(rows, -1)[row]
+        elif name == "pixel_values" and "image_grid_thw" in prompt:
+            found[name] = value.split(prompt["image_grid_thw"].prod(1).tolist())[row]
+        else:
+            found[name] = value.chunk(rows)[row]
+    return found
+
+
+def _draw(visual: Tensor, shares: Mapping[int, Sequence[float]]) -> dict[int, Tensor]:
+    """{stage: (B, S) bool, removed there}; `shares` of the visual tokens of each row are left after each stage."""
+    generator, left, removed, all_of_them = torch.Generator().manual_seed(0), visual.clone(), {}, visual.sum(1)
+    for stage in sorted(shares):
+        gone = torch.zeros_like(left)
+        for row, share in enumerate(shares[stage]):
+            slots = left[row].nonzero()[:, 0]
+            drawn = torch.randperm(len(slots), generator=generator)
+            gone[row, slots[drawn[round(share * int(all_of_them[row])) :]]] = True
+        removed[stage], left = gone, left & ~gone
+    return removed
+
+
+def _generate(model: Any, prompt: Mapping[str, Any], steps: int, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """New tokens (B, steps), their logits (B, steps, V), the whole output. No placeholder is said."""
+    output = model.generate(
+        **{name: value.clone() if isinstance(value, Tensor) else value for name, value in prompt.items()},
+        max_new_tokens=steps, do_sample=False, pad_token_id=0, suppress_tokens=list(range(145, 200)),
+        return_dict_in_generate=True, output_logits=True, **options,
+    )  # fmt: skip
+    return output.sequences[:, -steps:], torch.stack(output.logits, 1), output
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [(name, plan) for name in MODELS for plan in list(PLANS)[: 2 if name in SEVERAL_PLANS else 1]]
+)
+@torch.no_grad()
+def test_a_ragged_padded_batch_is_its_rows_alone_on_shorter_sequences(name: str, plan: str):
+    model, prompt = _built(name)
+    before = footprint(model)
+    removed = _draw(catalogue.visual_slots(MODELS[name][0], prompt), PLANS[plan])
+    steps = 20 if name in ASKED and plan == "before and inside" else 4
+    rows = []
+    for row in range(2):
+        own = {stage: gone[row : row + 1, prompt["attention_mask"][row].bool()] for stage, gone in removed.items()}
+        with ShortReference(model, own):
+            rows.append(_generate(model, _alone(prompt, row), steps)[:2])
+    tokens, logits = (torch.cat(parts) for parts in zip(*rows))
+    plain = model(**prompt).logits
+    assert largest(plain[:, -1] - logits[:, 0]) > 1e-2, "removal has no effect: the check would be vacuous"
+    with foveate.apply(model, Fixed(removed)) as session:
+        for cached in (True, False):
+            forward = model(**prompt, use_cache=cached).logits[:, -1]
+            assert largest(forward - logits[:, 0]) <= TOLERANCE, f"a forward pass with use_cache={cached}"
+        actual_tokens, actual, _ = _generate(model, prompt, steps)
+        assert largest(actual - logits) <= TOLERANCE
+        assert torch.equal(actual_tokens, tokens)
+        assert largest(_generate(model, prompt, 2, use_cache=False)[1] - logits[:, :2]) <= TOLERANCE
+        assert [length == 0 for length in session.trace.kv_lengths] == _without_keys(name)
+    assert torch.equal(model(**prompt).logits, plain)
+    assert footprint(model).keys() == before.keys()
+
+
+def _without_keys(name: str) -> list[bool]:
+    """Layers that store no keys: recurrent ones, MLPs, readers of other layers' keys."""
+    if name.startswith("gemma4"):
+        return [False] * 4 + [True] * 2
+    if name.startswith("lfm"):
+        return [True, False] * 3
+    if name == "nemotron_h_omni":
+        return [True, True, False, True, True, False]
+    return [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("name", ASKED)
+@torch.no_grad()
+def test_a_second_turn_goes_on_from_the_returned_cache(name: str):
+    model, prompt = _built(name)
+    removed = _draw(catalogue.visual_slots(MODELS[name][0], prompt), PLANS["late, one row withdrawn"])
+    question = torch.randint(5, 140, (2, 6), generator=torch.Generator().manual_seed(1))
+
+    def two_turns(prompt: Mapping[str, Tensor], question: Tensor) -> Tensor:
+        output = _generate(model, prompt, 4)[2]
+        ids = torch.cat([output.sequences, question], 1)
+        added = torch.ones(len(ids), ids.shape[1] - prompt["attention_mask"].shape[1], dtype=torch.long)
+        mask = torch.cat([prompt["attention_mask"], added], 1)
+        turn = {"input_ids": ids, "attention_mask": mask, CACHE_NAME: returned_cache(output)}
+        if "mm_token_type_ids" in prompt:
+            turn["mm_token_type_ids"] = torch.nn.functional.pad(prompt["mm_token_type_ids"], (0, added.shape[1]))
+        if "image_grid_thw" in prompt:
+            turn["image_grid_thw"] = prompt["image_grid_thw"]
+        return _generate(model, turn, 4)[1]
+
+    expected = []
+    for row in range(2):
+        own = {stage: gone[row : row + 1, prompt["attention_mask"][row].bool()] for stage, gone in removed.items()}
+        with ShortReference(model, own):
+            expected.append(two_turns(_alone(prompt, row), question[row : row + 1]))
+    with foveate.apply(model, Fixed(removed)):
+        assert largest(two_turns(prompt, question) - torch.cat(expected)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_keeping_everything_is_bitwise_the_plain_model(name: str):
+    model, prompt = _built(name)
+    plain, logits = model(**prompt).logits, _generate(model, prompt, 2)[1]
+    with foveate.apply(model, KeepAll()):
+        assert torch.equal(model(**prompt).logits, plain)
+        assert torch.equal(_generate(model, prompt, 2)[1], logits)
+
+
+@pytest.mark.parametrize("method", [foveate.FastV(keep=0.5), foveate.SparseVLM(keep=0.5)])
+@pytest.mark.parametrize("name", ["lfm3_vl", "nemotron_h_omni", "gemma4_shared"])
+@torch.no_grad()
+def test_methods_treat_a_row_in_a_batch_as_the_row_alone(name: str, method: foveate.Reducer):
+    model, prompt = _built(name)
+    with foveate.apply(model, method):
+        together = _generate(model, prompt, 3)[1]
+        for row in range(2):
+            assert largest(together[row : row + 1] - _generate(model, _alone(prompt, row), 3)[1]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_attention_is_read_in_the_nearest_layer_that_has_some_and_the_trace_says_so():
+    model, prompt = _built("qwen3_5")  # of its six layers, the fourth has attention
+    with foveate.apply(model, foveate.FastV(keep=4)) as session:
+        model(**prompt)
+    assert session.trace.moved == {1: 3}
+    assert session.trace.stages == [3]
+    assert session.trace.visual_tokens[0].tolist() == [12] * 4 + [4] * 2
+    assert session.trace.scores(1) is not None
+
+
+def test_attention_that_no_later_layer_has_is_refused():
+    model, _ = _built("qwen3_5")
+
+    class Late(KeepAll):
+        stages = (4, 5)
+        taps = {5: foveate.reduction.TapSpec("last")}  # noqa: RUF012
+
+    with pytest.raises(foveate.UnsupportedError, match=r"reads attention in decoder layer 5.*has none"):
+        foveate.apply(model, Late())
+
+
+def _gemma3n(shared: int) -> Any:
+    """A text model: the tower needs timm. Hidden states are (2, B, S, D)."""
+    config = hf.Gemma3nTextConfig(
+        **DECODER, head_dim=16, vocab_size_per_layer_input=200, hidden_size_per_layer_input=8, sliding_window=64,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2, num_kv_shared_layers=shared,
+        activation_sparsity_pattern=[0.0] * 6, altup_num_inputs=2, laurel_rank=8,
+    )  # fmt: skip
+    return spread_weights(hf.Gemma3nForCausalLM(config))
+
+
+class TestCopiesOfTheHiddenStates:
+    ids = torch.randint(5, 140, (2, 30), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(30) >= torch.tensor([[4], [0]])).long()
+    visual = torch.zeros(2, 30, dtype=torch.bool).index_fill(1, torch.arange(8, 20), True)
+
+    @pytest.mark.parametrize("shared", [0, 2])
+    @torch.no_grad()
+    def test_removed_tokens(self, shared: int):
+        model, prompt = _gemma3n(shared), {"input_ids": self.ids, "attention_mask": self.mask}
+        removed = _draw(self.visual, {-1: [0.8, 0.8], 1: [0.6, 0.4], 3: [0.3, 0]})
+        plain = model(**prompt).logits
+        with MaskedReference(model, removed):
+            expected = _generate(model, prompt, 6)[1]
+        with foveate.apply(model, Fixed(removed), visual=self.visual):
+            states = model(**prompt, output_hidden_states=True).hidden_states
+            assert states[0].shape == (2, 2, 30, 64), "recorded whole"
+            assert largest(_generate(model, prompt, 6)[1] - expected) <= TOLERANCE
+            assert largest(_generate(model, prompt, 2, use_cache=False)[1] - expected[:, :2]) <= TOLERANCE
+        assert largest(plain[:, -1] - expected[:, 0]) > 1e-2
+        assert torch.equal(model(**prompt).logits, plain)
+
+    def test_merged_tokens_are_refused(self):
+        model = _gemma3n(0)
+        with (
+            foveate.apply(model, foveate.SparseVLM(keep=4), visual=self.visual),
+            pytest.raises(foveate.UnsupportedError, match="several copies of the hidden states"),
+        ):
+            model(input_ids=self.ids, attention_mask=self.mask)
+
+
+REFUSED = {
+    "qwen4_exp": "several streams of hidden states per token",
+    "glm5_next": "several streams of hidden states per token",
+    "inkling_mm_model": "a convolution or a recurrent state beside attention",
+    "inkling2": "a convolution or a recurrent state beside attention",
+    "mistral_large4": "sparse attention that chooses keys",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served_is_refused_with_the_reason(name: str):
+    if not hasattr(hf, catalogue.class_name(name)):
+        pytest.skip("not in this transformers")
+    model = catalogue.build(name)
+    with pytest.raises(foveate.UnsupportedError, match=REFUSED[name]):
+        foveate.apply(model, foveate.Random(keep=4))
+
+
+@torch.no_grad()
+def test_ragged_rows_that_would_go_on_from_a_recurrent_state_are_refused():
+    """Fillers between an old state and new tokens would let the state decay."""
+    model, prompt = _built("lfm2_vl")
+    first = _generate(model, {**prompt}, 2)[2]
+    visual = catalogue.visual_slots("lfm2_vl", prompt)
+    again = {
+        **prompt,
+        "attention_mask": torch.cat([torch.ones(2, first.sequences.shape[1] - 1), prompt["attention_mask"]], 1),
+    }
+    with (
+        foveate.apply(model, Fixed(_draw(visual, {-1: [0.7, 0.3]}))),
+        pytest.raises(foveate.UnsupportedError, match="go on from a recurrent state"),
+    ):
+        model(**{**again, CACHE_NAME: returned_cache(first)})

@@ -234,6 +234,38 @@ def test_every_method_is_registered_and_public():
     assert len(foveate.names()) == len(set(foveate.names()))
 
 
+KNOWS_FAMILIES = ("engine/families/", "engine/cross_modal/parts.py", "train/models.py")
+"""The room of the families; where image and text meet in encoders; which of those have a trained head."""
+
+
+def _branches_on_a_family(source: str) -> list[int]:
+    """Lines that compare a model's type with a name, or look for it among names written in the same file."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare)
+        and "model_type" in ast.unparse(node)
+        and any(
+            (isinstance(part, ast.Name) and part.id.startswith("_"))
+            or any(isinstance(n, ast.Constant) and n.value not in ("", "model_type", None) for n in ast.walk(part))
+            for part in (node.left, *node.comparators)
+        )
+    ]
+
+
+def test_branches_on_a_family_are_found():
+    assert _branches_on_a_family('if config.model_type == "llava": pass') == [1]
+    assert _branches_on_a_family('x = get(text, "model_type") not in _PLAIN') == [1]
+    assert _branches_on_a_family('x = raw.get("model_type") in CONFIG_MAPPING') == []
+
+
+def test_only_the_families_room_branches_on_a_family():
+    for path in FILES:
+        if not any(_id(path).startswith(place) for place in KNOWS_FAMILIES):
+            found = _branches_on_a_family(path.read_text())
+            assert not found, f"{_id(path)}:{found}: what is known of families is in engine/families/"
+
+
 def test_every_module_says_what_lives_in_it():
     for path in FILES:
         source = path.read_text()

@@ -9,13 +9,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..engine.families.parts import PLAIN_MLP
+
 __all__ = ["PRESETS", "Geometry"]
 
 PAPER_TEXT_TOKENS = 118
 """Prompt of the SparseVLM paper without the image: 576 + 118 tokens make its 4.62 T MACs for LLaVA-1.5-7B."""
-
-# Decoders whose MLP is two matrices (up, down). All others that carry images use three (gate, up, down).
-_PLAIN_MLP = frozenset({"opt", "gpt2", "gpt_neox", "gptj", "phi", "bloom", "falcon", "starcoder2", "persimmon", "mpt"})
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Geometry:
             vocab_size=_get(text, "vocab_size") or _need(name, config, "vocab_size"),
             visual_tokens=visual_tokens,
             text_tokens=PAPER_TEXT_TOKENS if text_tokens is None else text_tokens,
-            gated_mlp=_get(text, "model_type") not in _PLAIN_MLP,
+            gated_mlp=_get(text, "model_type") not in PLAIN_MLP,
             sliding_window=window,
             sliding_layers=sliding,
         )

@@ -46,7 +46,7 @@ class Schedule(NamedTuple):
     entering: Tensor
     """(layers,) long, at the input of each layer."""
     after: Tensor
-    """(layers,) long, left after each layer and the decision behind it."""
+    """(layers,) long, left after each layer and the decision after it."""
 
     @property
     def mean_entering(self) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.families.parts import Anatomy, resolve
-from ..engine.families.tower import merge_side, tiles_of
+from ..engine.families.tower import is_stream, merge_side, tiles_of
 from ..engine.trace import TowerCall, Trace
 from ..reduction import UnsupportedError
 from .flops import exact_flops
@@ -134,7 +134,7 @@ def _images(anatomy: Anatomy, inputs: Mapping[str, Any]) -> _Images:
     down, across = _pair(config.patch_size)
     per_image = (height // down) * (width // across)
     count = _tiles(anatomy, inputs)
-    if getattr(config, "model_type", "") == "pixtral":  # one stream; each image is cut to its own size
+    if is_stream(anatomy, dict(inputs)):  # without grids: each image is cut to its own size
         sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         tokens = sum((h // down) * (w // across) for h, w in sizes)
         return _Images(count * per_image, [tokens], [tokens], tokens // _patches_per_token(anatomy, per_image))

@@ -25,6 +25,8 @@ __all__ = ["Anatomy", "resolve"]
 
 _IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
 _VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
+PLAIN_MLP = frozenset({"opt", "gpt2", "gpt_neox", "gptj", "phi", "bloom", "falcon", "starcoder2", "persimmon", "mpt"})
+"""Decoders whose MLP is two matrices (up, down). All others that carry images use three (gate, up, down)."""
 _PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

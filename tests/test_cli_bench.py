@@ -11,6 +11,7 @@ import foveate
 from tests.test_cli import ZOO, complaint, invoke
 
 
+@pytest.mark.slow
 def test_bench_of_the_shipped_model(tmp_path: Path):
     file = tmp_path / "bench.json"
     result = invoke(
@@ -39,6 +40,7 @@ def test_bench_of_the_shipped_model(tmp_path: Path):
     assert "Without any visual token in the decoder" in result.stdout
 
 
+@pytest.mark.slow
 def test_bench_of_a_recipe(tmp_path: Path):
     recipe, file = tmp_path / "mine.yaml", tmp_path / "bench.json"
     foveate.recipe.save(recipe, foveate.VTW(layer=2))

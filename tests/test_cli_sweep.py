@@ -10,6 +10,8 @@ import foveate
 from foveate.cli import app
 from foveate.cli.grid import listed_recipes
 
+pytestmark = pytest.mark.slow  # a sweep of the shipped model
+
 ZOO = "zoo:tiny-llava"
 
 

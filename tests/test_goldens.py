@@ -156,6 +156,7 @@ def _save(workshop: Path, name: str, arrays: dict[str, np.ndarray]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SMALL if _small(name)])
 def test_the_untouched_file_passes(workshop: Path, name: str):
     _parity(name.split("/")[0])(_save(workshop, name, _small(name)))

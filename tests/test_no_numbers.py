@@ -45,6 +45,9 @@ from tests.test_cli import ZOO, complaint, invoke
 NAN, INF = math.nan, math.inf
 
 
+pytestmark = pytest.mark.slow  # whole commands
+
+
 @dataclass
 class Poison(foveate.Reducer):
     """Drops half of the visual tokens and writes NaN over one that stays."""

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import foveate
+from foveate.engine.compat import returned_cache
 from foveate.engine.decoder.taps import tap_attention
 from foveate.engine.undo import Undo
 from foveate.reduction import Decision, Reducer, View
@@ -199,7 +200,7 @@ def test_nothing_of_a_finished_call_stays_alive_but_its_trace(kind: str):
     model = build_once("llava")
     prompt = inputs("llava", model)
     with torch.no_grad(), foveate.apply(model, KINDS[kind]()) as session:
-        made = [model(**prompt, use_cache=True).past_key_values, generate(model, prompt, 3).past_key_values]
+        made = [returned_cache(model(**prompt, use_cache=True)), returned_cache(generate(model, prompt, 3))]
         watched = [weakref.ref(x) for x in (*made, prompt["pixel_values"], prompt["input_ids"])]
         assert session.trace is not None
         del made, prompt

@@ -31,6 +31,7 @@ PLANS: dict[str, Mapping[int, Sequence[int]]] = {
     "before and inside": {-1: [8, 9], 1: [4, 7], 3: [2, 0]},
     "one row withdrawn at once": {2: [0, 8]},
 }
+SLOW = ("one row", "before layer 0", "one row withdrawn at once")
 
 
 @pytest.fixture(params=CASES)
@@ -43,7 +44,9 @@ def case(request: pytest.FixtureRequest):
     assert footprint(model) == before
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", [pytest.param(plan, marks=[pytest.mark.slow] if plan in SLOW else []) for plan in PLANS]
+)
 def test_removed_tokens(case: tuple[str, PreTrainedModel], plan: str):
     name, model = case
     counts = PLANS[plan]

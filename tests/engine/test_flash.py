@@ -27,6 +27,7 @@ CAUSAL = [
 ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("counts", [{1: [4]}, {-1: [8, 9], 1: [4, 7], 3: [2, 0]}, {2: [5, 5]}], ids=str)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CAUSAL])

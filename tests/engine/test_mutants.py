@@ -124,6 +124,7 @@ def _exactness(name: str) -> list[Callable[[], Any]]:
     return checks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
 def test_without_a_fault_all_is_well(name: str):
     assert not any(_caught(check) for check in _exactness(name))

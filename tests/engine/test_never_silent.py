@@ -12,6 +12,7 @@ from tests.reference.checks import build_once, generate, largest
 from torch import Tensor
 
 import foveate
+from foveate.engine.compat import CACHE_NAME, returned_cache
 
 CALLS = {
     "Random": lambda: foveate.Random(keep=4),
@@ -107,6 +108,7 @@ def test_images_of_which_no_slot_was_seen_are_an_error(method: str):
         assert session.trace is None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_that_were_compiled_and_called_before_are_reduced():
     """Dynamo does not look at hooks again: what it has compiled must be forgotten."""
@@ -212,13 +214,13 @@ def test_a_call_without_images_leaves_no_trace_of_the_one_before(method: str):
     prompt, words = inputs("llava", model), {"input_ids": torch.randint(5, 140, (1, 9))}
     with foveate.apply(model, CALLS[method]()) as session:
         for ask in (lambda: model(**words), lambda: generate(model, words, 2)):
-            cache = model(**prompt, use_cache=True).past_key_values
+            cache = returned_cache(model(**prompt, use_cache=True))
             assert session.trace is not None
             ask()
             assert session.trace is None
         model(**prompt)
         seen = session.trace
-        model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[7], [8]]), **{CACHE_NAME: cache})
         assert session.trace is seen, "a decoding step is no call of its own"
 
 

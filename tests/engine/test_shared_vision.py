@@ -32,6 +32,7 @@ def test_who_may_share(vlm):
     assert shareable(None)
 
 
+@pytest.mark.slow
 def test_answers_are_the_same_with_and_without(vlm, monkeypatch):
     samples = data("scenes", 8) + data("easy-vqa", 4)
     recipes = [Recipe(name, {}, 0.2) for name in ("averagepool", "visionzip", "sparsevlm", "downsample", "tome")]

@@ -44,6 +44,7 @@ def test_every_family(name: str):
     assert_slots_are_judged_by_their_patches(model, inputs(name, model), step=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["llama4", "video_llava", "lighton_ocr", "granite_docling", "muse_glimmer", "kimi_k25", "molmo2", "gemma4"],

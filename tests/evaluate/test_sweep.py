@@ -143,6 +143,7 @@ def test_killed_twice_and_gone_on_with(vlm, asked, finished, tmp_path, monkeypat
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_written_in_part_is_completed(vlm, asked, finished, tmp_path):
     kept = lines(finished)[:37]
     (tmp_path / "answers.jsonl").write_bytes(b"\n".join(kept) + b"\n" + kept[0][:50])

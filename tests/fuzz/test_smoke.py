@@ -14,12 +14,12 @@ from tests.fuzz.cases import Call, Request, Row
 from tests.fuzz.judge import Verdict, build_once, judge, smallest
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 8))])
 def test_mixed_requests(number: int):
-    found = lot(number, 50)
+    found = lot(number, 25)
     wrong = [(request, verdict.why) for request, verdict in found if verdict.outcome == "wrong"]
     assert not wrong
-    assert sum(verdict.outcome == "ok" for _, verdict in found) > 20
+    assert sum(verdict.outcome == "ok" for _, verdict in found) > 8
 
 
 FOUND = [

@@ -22,6 +22,8 @@ from foveate.reduction import TapSpec
 from tests.families import build, inputs
 from tests.reference.checks import footprint
 
+pytestmark = pytest.mark.slow  # whole measurements
+
 MB = 1 << 20
 
 

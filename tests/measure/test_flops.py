@@ -211,6 +211,7 @@ def test_schedule_leaves_the_random_state_alone():
     assert torch.equal(first.entering, schedule(Geometry.preset("llava-1.5-7b"), CutAt(1, 100)).entering)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visual", [576, 660, 101])  # a square, a rectangle, a line
 def test_methods_that_read_the_vision_tower(visual):
     geometry = Geometry.of("llava-1.5-7b", visual_tokens=visual)

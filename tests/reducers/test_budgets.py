@@ -20,6 +20,7 @@ MOST = 20_000
 FRACTIONS = [1 / 3, 2 / 3, 0.1, 0.145, 0.285, 0.469, 0.575, 0.999, 1.0, 1e-4, *(i / 64 for i in range(1, 64))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(4))
 def test_fractions_are_rounded_as_python_does(chunk: int):
     drawn = random.Random(chunk)

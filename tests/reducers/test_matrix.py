@@ -18,7 +18,8 @@ from tests.families import inputs, visual_slots
 from tests.reference.checks import TOLERANCE, build_once, footprint, greedy, largest
 from tests.reference.masked import MaskedReference
 
-FAMILIES = ["llava", "llava_next", "qwen2_5_vl", "internvl", "paligemma", "idefics3"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next", "paligemma", "idefics3")]
+FAMILIES = ["llava", "qwen2_5_vl", "internvl", *SLOW]
 KEEP = 0.4
 
 METHODS: dict[str, Callable[[float], Reducer]] = {

@@ -16,6 +16,8 @@ from foveate.train.data import Endless
 from foveate.train.decoder import IGNORED, AnswerCollator, adapt
 from foveate.zoo import path
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 
 @pytest.fixture(scope="module")
 def vlm():
@@ -67,7 +69,6 @@ class Stop(Exception):
     """Ends a run from outside."""
 
 
-@pytest.mark.slow
 def test_lora_under_reduction_resumes_exactly_and_loads(settings: Settings, tmp_path: Path, vlm):
     from peft import PeftModel
 

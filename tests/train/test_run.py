@@ -23,6 +23,8 @@ from foveate.train.common import last_checkpoint
 from foveate.train.data import evaluation
 from tests.train import tiny
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 PUMER = {"layers": [1, 3], "prune_r": 0.2, "merge_r": 0.3, "merge_text": 0.2}
 
 KILLED = """
@@ -55,7 +57,6 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(settings: Settings, tmp_path: Path):
     killed = dataclasses.replace(settings, out=tmp_path / "killed")
     chosen = {f.name: getattr(killed, f.name) for f in dataclasses.fields(killed)}
@@ -128,7 +129,6 @@ def test_the_teacher_is_not_reduced_and_not_trained(settings: Settings):
 HEADS = {"nlvr2": "ForImagesAndTextClassification", "retrieval": "ForImageAndTextRetrieval"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Vilt", "Meter"])
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "ve", "retrieval"])
 def test_every_task_of_every_model(family: str, task: str, folder: Path, tmp_path: Path):

@@ -154,6 +154,7 @@ def test_keeping_all_tokens_changes_nothing():
 FLOORS = {"color": 0.9, "shape": 0.85, "exist": 0.85, "where": 0.85, "count": 0.8, "digit": 0.65}
 
 
+@pytest.mark.slow
 def test_accuracy(bench, full):
     assert full.mean() > 0.9
     for kind, floor in FLOORS.items():
@@ -168,6 +169,7 @@ def test_accuracy_on_easyvqa():
     assert Bench(FOLDER, easyvqa(count=100, seed=2)).full().mean() > 0.93
 
 
+@pytest.mark.slow
 def test_choices_before_the_language_model_are_told_apart(bench, full):
     cls, oracle = (bench.pruned(choice, KEEP).mean() for choice in ("CLS attention, last layer", "asked objects"))
     chance = np.mean([bench.pruned("random", KEEP, seed=seed).mean() for seed in range(3)])
@@ -176,6 +178,7 @@ def test_choices_before_the_language_model_are_told_apart(bench, full):
     assert full.mean() > chance + 0.15
 
 
+@pytest.mark.slow
 def test_choices_after_the_first_layer_are_told_apart(bench):
     few = 8  # layer 0 has moved much of the answer already: only a small budget separates well
     question = bench.pruned("question tokens, max", few, layer=0).mean()

@@ -96,6 +96,7 @@ def test_teacher_answers(teacher_hits):
     assert teacher_hits[100:].mean() > 0.85
 
 
+@pytest.mark.slow
 def test_student_answers_with_fewer_tokens(loaded, samples, teacher_hits):
     teacher = teacher_hits.mean()
     with foveate.apply(loaded[STUDENT], foveate.PuMer(**PUMER)) as session:

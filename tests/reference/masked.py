@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from foveate.engine.decoder.call import by_name
+from foveate.engine.families.layers import positional_names
 from foveate.engine.families.parts import resolve
 
 __all__ = ["MaskedReference", "to_rows"]
@@ -65,7 +65,8 @@ class MaskedReference:
         return self.merge[stage](hidden) if stage in self.merge and is_prefill else hidden
 
     def _before(self, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        args, kwargs = by_name(self.layers[layer], args, kwargs)
+        kwargs = {**dict(zip(positional_names(self.layers[layer], len(args) - 1), args[1:])), **kwargs}
+        args = args[:1]
         hidden = args[0]
         if layer == 0:
             cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)

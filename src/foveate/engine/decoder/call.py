@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...reduction import UnsupportedError
 from .forward_pass import ForwardPass
 
-__all__ = ["Call", "by_name", "carries_images", "chunk_size", "prompt_length", "refuse_packing", "tokens_of"]
+__all__ = ["Call", "carries_images", "chunk_size", "prompt_length", "refuse_packing", "tokens_of"]
 
 _FEATURES = (
     "flattened_patches", "image_embeds", "image_hidden_states", "image_patches", "input_image_embeds",
@@ -64,14 +63,6 @@ def carries_images(arguments: Mapping[str, Any]) -> bool:
         return value is not None and (not isinstance(value, Tensor) or value.numel() > 0)
 
     return any(("pixel_values" in name or name in _FEATURES) and filled(v) for name, v in arguments.items())
-
-
-def by_name(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a decoder layer: hidden states as they came, all others by name (Kosmos-2 passes masks in order)."""
-    if len(args) < 2:
-        return args, kwargs
-    names = list(inspect.signature(layer.forward).parameters)
-    return args[:1], {**dict(zip(names[1:], args[1:])), **kwargs}
 
 
 def prompt_length(args: tuple, kwargs: Mapping[str, Any]) -> int:

@@ -22,7 +22,7 @@ from ..session import Session
 from ..vision.merging import TowerReduction
 from ..vision.reader import VisionReader
 from .cache import LogicalLayer, check_cache
-from .call import Call, by_name, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
+from .call import Call, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
 from .forward_pass import ForwardPass
 from .taps import places_of, tap_attention
 
@@ -371,7 +371,7 @@ class DecoderSession(Session):
     # --------------------------------------------------------------------------------------------------- the layers
     def _layer_called(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         now = self._call.forward_pass
-        return None if now is None else now.enter(layer, module, *by_name(module, args, kwargs))
+        return None if now is None else now.enter(layer, module, args, kwargs)
 
     def _layer_done(self, layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
         now = self._call.forward_pass

@@ -71,7 +71,7 @@ def places_of(reducer: Reducer, anatomy: Anatomy) -> dict[int, int]:
     """{stage: layer after which it is carried out} where that is another layer than its own.
 
     A stage that reads attention in a layer without any goes to the nearest layer that has some, rather an earlier one,
-    but never before the stage in front of it; those behind follow in order.
+    but never before the place of the previous stage; the next ones follow in order.
 
     Raises:
         UnsupportedError: there is no such layer.
@@ -85,7 +85,7 @@ def places_of(reducer: Reducer, anatomy: Anatomy) -> dict[int, int]:
             if not near:
                 raise UnsupportedError(
                     f"{type(reducer).__name__} reads attention in decoder layer {stage} of "
-                    f"{type(anatomy.model).__name__}, which has none, nor has any layer behind it"
+                    f"{type(anatomy.model).__name__}, which has none, nor has any later layer"
                 )
             place = min(near, key=lambda i: (abs(i - stage), i))
         if place != stage:

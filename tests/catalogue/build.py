@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.catalogue import handmade, pixels
 from tests.catalogue.handmade import HANDMADE, IMAGE
 
-__all__ = ["NAMES", "build", "class_name", "inputs", "missing", "visual_slots"]
+__all__ = ["NAMES", "build", "class_name", "inputs", "known", "missing", "visual_slots"]
 
 _DATA = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text())
 _FAMILIES, _SIZES = _DATA["families"], _DATA["sizes"]
@@ -30,6 +30,11 @@ _CLASSES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "phi4_multimodal": "Ph
 
 def class_name(name: str) -> str:
     return HANDMADE[name].cls if name in HANDMADE else _CLASSES[name]
+
+
+def known(name: str) -> bool:
+    """Whether the installed transformers has the class."""
+    return hasattr(hf, HANDMADE[name].cls if name in HANDMADE else _CLASSES.get(name, name))
 
 
 def missing(name: str) -> list[str]:

@@ -268,11 +268,14 @@ def test_labels_on_images_are_refused(model: nn.Module):
 def test_an_image_without_placeholder_is_transformers_own_error(model: nn.Module):
     prompt = _prompt(model)
     prompt["input_ids"] = prompt["input_ids"].masked_fill(visual_slots(prompt["input_ids"]), 7)
-    with pytest.raises(Exception) as expected:  # noqa: PT011
+    try:
         model(**prompt)
-    with foveate.apply(model, _fixed(_prompt(model))), pytest.raises(type(expected.value)) as raised:
+        pytest.skip("this transformers says nothing")
+    except (RuntimeError, ValueError, IndexError) as error:
+        expected = error
+    with foveate.apply(model, _fixed(_prompt(model))), pytest.raises(type(expected)) as raised:
         model(**prompt)
-    assert str(raised.value) == str(expected.value)
+    assert str(raised.value) == str(expected)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from tests import catalogue
 from tests.families import (
     DECODER,
@@ -50,6 +51,10 @@ def test_every_family(name: str):
     ["llama4", "video_llava", "lighton_ocr", "granite_docling", "muse_glimmer", "kimi_k25", "molmo2", "gemma4"],
 )  # fmt: skip
 def test_other_ways_from_patches_to_slots(name: str):
+    if not catalogue.known(name):
+        pytest.skip(f"this transformers has no {name}")
+    if name == "llama4" and Version(hf.__version__).release[:2] == (5, 24):
+        pytest.skip("transformers 5.24 itself fails on Llama 4 with an image: its outputs have no image_outputs")
     model = catalogue.build(name)
     assert_slots_are_judged_by_their_patches(model, catalogue.inputs(name, model), step=7)
 
@@ -66,6 +71,8 @@ def test_other_ways_from_patches_to_slots(name: str):
     ],
 )
 def test_slots_without_patches_are_refused_with_the_reason(name: str, reason: str):
+    if name == "granite4_vision" and Version(hf.__version__) < Version("5.19"):
+        pytest.skip("transformers before 5.19 cannot build a Granite 4 Vision on a plain Llama")
     model = catalogue.build(name)
     for method in ("visionzip", "fopru"):
         with pytest.raises(foveate.UnsupportedError, match=reason):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 import foveate
@@ -15,6 +17,9 @@ from tests.families import inputs, visual_slots
 from tests.reducers.test_matrix import METHODS
 from tests.reference.checks import build_once, checkpoint, largest
 
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="refused below 5.23: tests/engine/test_compat.py"
+)
 KINDS: dict[str, Callable[[], Reducer]] = {
     **{name: (lambda make=make: make(0.4)) for name, make in METHODS.items()},
     "tome in the tower": lambda: foveate.ToMe(keep=0.5),

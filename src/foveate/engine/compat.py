@@ -38,7 +38,7 @@ __all__ = [
     "returned_cache",
 ]
 
-SUPPORTED = SpecifierSet(">=5.16.1,<5.25")
+SUPPORTED = SpecifierSet(">=5.18,<5.25")
 """The same as in pyproject.toml; `make test-oldest` and `make test-newest` run the engine's tests at both ends."""
 
 _VERSION = Version(transformers.__version__)

@@ -85,6 +85,20 @@ def test_the_full_answer_is_made_once(runner):
     assert again[-1].full_text == "orange"
 
 
+def test_few_full_answers_are_kept(runner, monkeypatch):
+    monkeypatch.setattr(run, "_REMEMBERED", 2)
+    runner._full.clear()
+    for longest in (1, 2, 3):
+        list(runner.ask(question(longest=longest)))
+    assert [key[-1] for key in runner._full] == [2, 3]
+
+
+def test_a_photograph_is_drawn_as_the_model_sees_it(runner, monkeypatch):
+    seen = Image.new("RGB", (20, 20))
+    monkeypatch.setattr(run, "as_seen", lambda image, processor: seen)
+    assert list(runner.ask(question()))[-1].image is seen
+
+
 def test_a_reader_who_leaves_leaves_the_model_alone(runner):
     steps = runner.ask(question())
     while next(steps).writing != "reduced":

@@ -26,12 +26,16 @@ from ..evaluate.grid import COMPANIONS, build_reducer
 from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from ..recipe import Recipe
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
+from ..view.seen import as_seen
 from .answer import Job, Stopped, Times, generate, time_both
 from .options import LONGEST_TEXT, offered
 
 __all__ = ["AskError", "Bill", "Progress", "Question", "Runner", "Stopped", "explain", "read_image"]
 
 _log = logging.getLogger(__name__)
+
+_REMEMBERED = 64
+"""Answers of the full model that are kept for the next question about the same picture."""
 
 
 class AskError(ValueError):
@@ -216,6 +220,7 @@ class Runner:
             reducer = build_reducer(Recipe(question.method, question.options, question.keep), vlm)
             assert reducer is not None  # "full" is no method on offer
             inputs = vlm.inputs([Sample(image, question.text, "", "", "")])
+            now = replace(now, image=as_seen(image, vlm.processor))
             now = replace(now, full_text=self._answer_full(vlm, inputs, now, job))
             now = self._answer_reduced(vlm, inputs, reducer, now, job)
             job.emit(replace(now, status="Timing both, in turns"))
@@ -258,9 +263,12 @@ class Runner:
         if key not in self._full:
             saying = replace(now, status="The full model answers", writing="full")
             job.emit(saying)
-            self._full[key] = generate(
+            text = generate(
                 vlm, inputs, job, now.question.longest, lambda text: job.emit(replace(saying, full_text=text))
             ).text
+            if len(self._full) >= _REMEMBERED:
+                del self._full[next(iter(self._full))]
+            self._full[key] = text
         return self._full[key]
 
     def _answer_reduced(self, vlm: VLM, inputs: dict, reducer: Reducer, now: Progress, job: Job) -> Progress:

@@ -133,6 +133,7 @@ def _pictures(vlm: Any, questions: Any) -> dict[str, Any]:
     """File name -> figure: what each method kept for some questions, and one method stage by stage."""
     from ..evaluate.grid import build_reducer
     from ..view import SheetCell, SheetRow, overlay, sheet
+    from ..view.seen import as_seen
 
     budget = _BUDGETS[1]
     shown = [recipe for recipe in _recipes() if recipe.keep == budget]
@@ -141,7 +142,7 @@ def _pictures(vlm: Any, questions: Any) -> dict[str, Any]:
     for sample in _telling(questions):
         (full, _), *others = [_ask(vlm, sample, reducer) for reducer in (None, *reducers)]
         cells = [SheetCell(c.method, trace, said) for c, (said, trace) in zip(shown, others)]
-        rows.append(SheetRow(sample.image, sample.question, full, cells))
+        rows.append(SheetRow(as_seen(sample.image, vlm.processor), sample.question, full, cells))
     first = rows[0]
     sparse = next(cell for cell in first.cells if cell.method == "sparsevlm")
     return {

@@ -24,6 +24,8 @@ def test_mixed_requests(number: int):
 
 FOUND = [
     Request("llava", "dart", {"keep": 17, "layer": 4, "faithful": True}, (Call((Row(2), Row(), Row(seed=3))),)),
+    Request("aya_vision", "dart", {"keep": 0.5, "layer": 3}, (Call((Row(), Row(before=1, after=5))),)),
+    Request("aya_vision", "dart", {"keep": 0.5, "layer": 4}, (Call((Row(), Row(before=1, after=5))),)),
 ]
 """Requests that were wrong once, as small as they could be made."""
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, TapSpec, UnsupportedError, View
 from ..compat import check_arguments, given_cache
-from ..families.layers import positional_names
+from ..families.layers import positional_names, rotates
 from ..families.parts import Anatomy
 from ..layout import Layout
 from ..stopwatch import deciding
@@ -310,7 +310,7 @@ class ForwardPass:
             keys = torch.arange(total - key.shape[2], total, device=rows.device).expand(self.rows, -1)
             reach = Reach(keys, rows + past, None, valid, False, past, self.length, None)
         tap = read_rows(spec, wanted, rows, reach, query, key, mask, kwargs)
-        if spec.keep_qk and not past and not self.anatomy.mrope:
+        if spec.keep_qk and not past and not self.anatomy.mrope and rotates(module):
             there = self.tokens.gather(1, rows) if valid is None else self.tokens.gather(1, rows) & valid
             counted_from_first(module, tap, self._embeddings, there.int().argmax(1))
         return tap

@@ -13,9 +13,19 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-__all__ = ["KEYLESS", "attention_of", "cache_layers", "keyless", "positional_names", "shared_keys", "zeroes_padding"]
+__all__ = [
+    "KEYLESS",
+    "attention_of",
+    "cache_layers",
+    "keyless",
+    "positional_names",
+    "rotates",
+    "shared_keys",
+    "zeroes_padding",
+]
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
+_ROTATED_IN_WINDOWS = {"cohere2", "cohere2_moe"}
 KEYLESS = {"LinearAttentionLayer", "DummyLayer"}
 """Cache layers that hold a recurrent state (linear attention, convolution, Mamba) or nothing."""
 
@@ -56,6 +66,16 @@ def keyless(layers: Sequence[nn.Module], config: Any) -> frozenset[int]:
     """Layers without keys: recurrent ones, and those that work on each token by itself."""
     cached, shared = cache_layers(config), shared_keys(layers)
     return frozenset(i for i, layer in enumerate(cached) if type(layer).__name__ in KEYLESS and i not in shared)
+
+
+def rotates(attention: nn.Module) -> bool:
+    """Whether an attention module rotates queries and keys by position; several decoders leave it out in some layers."""
+    window = getattr(attention, "sliding_window", None)
+    if getattr(getattr(attention, "config", None), "model_type", "") in _ROTATED_IN_WINDOWS:
+        return window is not None or bool(getattr(attention, "force_rope", False))
+    if hasattr(attention, "use_rope"):  # Llama 4, SmolLM3
+        return bool(attention.use_rope)
+    return window is None or bool(getattr(attention, "is_sliding", True))  # Exaone 4
 
 
 def zeroes_padding(mixer: nn.Module) -> bool:

@@ -69,7 +69,7 @@ def keyless(layers: Sequence[nn.Module], config: Any) -> frozenset[int]:
 
 
 def rotates(attention: nn.Module) -> bool:
-    """Whether an attention module rotates queries and keys by position; several decoders leave it out in some layers."""
+    """Whether an attention module rotates queries and keys by position; several decoders leave it out in some."""
     window = getattr(attention, "sliding_window", None)
     if getattr(getattr(attention, "config", None), "model_type", "") in _ROTATED_IN_WINDOWS:
         return window is not None or bool(getattr(attention, "force_rope", False))

@@ -3,7 +3,7 @@
 `python -m tests.catalogue` counts. No weights, no processors, no network.
 """
 
-from tests.catalogue.build import NAMES, build, class_name, inputs, known, missing, visual_slots
+from tests.catalogue.build import NAMES, alone, build, class_name, inputs, known, missing, visual_slots
 from tests.catalogue.handmade import HANDMADE
 
-__all__ = ["HANDMADE", "NAMES", "build", "class_name", "inputs", "known", "missing", "visual_slots"]
+__all__ = ["HANDMADE", "NAMES", "alone", "build", "class_name", "inputs", "known", "missing", "visual_slots"]

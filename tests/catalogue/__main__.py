@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 
 from foveate.files import write_whole
 from tests.catalogue.build import NAMES, class_name, missing
@@ -26,6 +27,7 @@ _EVERY = 20.0  # seconds between lines of progress
 
 def _run(name: str, impl: str, pipe: Any) -> None:
     torch.set_num_threads(1)
+    hf.logging.set_verbosity_error()
     try:
         pipe.send(count(name, impl))
     except BaseException as error:

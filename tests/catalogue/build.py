@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.catalogue import handmade, pixels
 from tests.catalogue.handmade import HANDMADE, IMAGE
 
-__all__ = ["NAMES", "build", "class_name", "inputs", "known", "missing", "visual_slots"]
+__all__ = ["NAMES", "alone", "build", "class_name", "inputs", "known", "missing", "visual_slots"]
 
 _DATA = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text())
 _FAMILIES, _SIZES = _DATA["families"], _DATA["sizes"]
@@ -148,6 +148,21 @@ def inputs(name: str, model: Any, rows: int = 2) -> dict[str, Tensor]:
     if name == "mllama":
         prompt["cross_attention_mask"] = torch.ones(*visual.shape, 1, 2, dtype=torch.long)
     return prompt
+
+
+def alone(prompt: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row of two, without padding."""
+    rows, real, found = len(prompt["input_ids"]), prompt["attention_mask"][row].bool(), {}
+    for name, value in prompt.items():
+        if value.shape == prompt["input_ids"].shape:
+            found[name] = value[row : row + 1, real]
+        elif name == "pixel_values" and "target_sizes" in prompt:  # MiniCPM-V: images side by side
+            found[name] = value.chunk(rows, -1)[row]
+        elif name == "pixel_values" and "image_grid_thw" in prompt:
+            found[name] = value.split(prompt["image_grid_thw"].prod(1).tolist())[row]
+        else:
+            found[name] = value.chunk(rows)[row]
+    return found
 
 
 def visual_slots(name: str, prompt: Mapping[str, Tensor]) -> Tensor:

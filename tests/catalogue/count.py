@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import foveate
 from foveate.reduction import Decision, View
-from tests.catalogue.build import build, inputs
+from tests.catalogue.build import alone, build, inputs
 from tests.catalogue.handmade import HANDMADE
 from tests.reference.masked import MaskedReference
 from tests.reference.patches import disagreements
+from tests.reference.short import ShortReference, is_recurrent
 
 __all__ = ["IN_DECODER", "IN_TOWER", "OUTSIDE", "Wrong", "count", "judge"]
 
@@ -60,26 +62,14 @@ def _generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _recorded(session: Any, merges: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Writes down what the method merges, so that a reference can be told the same."""
+def _recorded(session: Any, merges: list[tuple[int, Tensor, Tensor]]) -> Iterator[None]:
+    """Writes down what the method merges, (stage, slots, values), so that a reference can be told the same."""
     decide = session.reducer.decide
 
     def recording(view: View) -> Decision | None:
         decision = decide(view)
         if decision is not None and decision.slots is not None:
-            slots, values = decision.slots.clone(), decision.values.detach().clone()
-            real = (slots >= 0)[..., None]
-            index = slots.clamp_min(0)[..., None].expand(values.shape)
-
-            def merge(hidden: Tensor) -> Tensor:
-                # Padding of the list rewrites its slot with what is there, and must not win over a merged token.
-                new = hidden.clone()
-                for row in range(len(slots)):
-                    mine = real[row, :, 0]
-                    new[row, index[row, mine, 0]] = values[row, mine].to(hidden)
-                return new
-
-            merges[view.stage] = merge
+            merges.append((view.stage, decision.slots.clone(), decision.values.detach().clone()))
         return decision
 
     session.reducer.decide = recording
@@ -89,6 +79,19 @@ def _recorded(session: Any, merges: dict[int, Callable[[Tensor], Tensor]]) -> It
         del session.reducer.decide
 
 
+def _merging(merged: list[tuple[Tensor, Tensor]], before: int = 0) -> Callable[[Tensor], Tensor]:
+    """Writes merged tokens (B, m, D) into their slots (B, m) of hidden states that begin at slot `before`."""
+
+    def merge(hidden: Tensor) -> Tensor:
+        new = hidden.clone()
+        for slots, values in merged:
+            for row, (mine, value) in enumerate(zip(slots, values)):
+                new[row, mine[mine >= 0] - before] = value[mine >= 0].to(hidden)
+        return new
+
+    return merge
+
+
 def _gone(trace: foveate.Trace) -> dict[int, Tensor]:
     """{stage: (B, S) bool, removed at that stage}."""
     removed, before = {}, trace.tokens
@@ -96,6 +99,45 @@ def _gone(trace: foveate.Trace) -> dict[int, Tensor]:
         after = trace.active(stage)
         removed[stage], before = before & ~after, after
     return removed
+
+
+class _Reference:
+    """What a plain model answers that does not look at removed tokens: all rows at once, or, where layers are recurrent
+    and have no mask to hide a token behind, each row alone on what is left of it."""
+
+    def __init__(self, model: Any, trace: foveate.Trace, merges: list[tuple[int, Tensor, Tensor]]):
+        self._model, self._removed = model, _gone(trace)
+        self._merges: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for stage, slots, values in merges:  # a stage acts after the layer that it was moved to
+            self._merges.setdefault(trace.moved.get(stage, stage), []).append((slots, values))
+        self._row_by_row = is_recurrent(model)
+
+    def forward(self, prompt: dict[str, Tensor]) -> Tensor:
+        """Logits (B, S, V); of padding, anything."""
+        return self._asked(prompt, lambda asked: self._model(**asked).logits, pad=True)
+
+    def generate(self, prompt: dict[str, Tensor], **options: Any) -> Tensor:
+        return self._asked(prompt, lambda asked: _generate(self._model, asked, **options))
+
+    def _asked(
+        self, prompt: dict[str, Tensor], ask: Callable[[dict[str, Tensor]], Tensor], pad: bool = False
+    ) -> Tensor:
+        if not self._row_by_row:
+            merges = {stage: _merging(merged) for stage, merged in self._merges.items()}
+            with MaskedReference(self._model, self._removed, merges):
+                return ask(prompt)
+        length, answers = prompt["input_ids"].shape[1], []
+        for row in range(len(prompt["input_ids"])):
+            before = length - int(prompt["attention_mask"][row].sum())
+            removed = {stage: gone[row : row + 1, before:] for stage, gone in self._removed.items()}
+            merges = {
+                stage: _merging([(slots[row : row + 1], values[row : row + 1]) for slots, values in merged], before)
+                for stage, merged in self._merges.items()
+            }
+            with ShortReference(self._model, removed, merges):
+                answer = ask(alone(prompt, row))
+            answers.append(F.pad(answer, (0, 0, before, 0)) if pad else answer)
+        return torch.cat(answers)
 
 
 @torch.no_grad()
@@ -110,10 +152,10 @@ def judge(
         Wrong: what differs, or that nothing was removed.
         UnsupportedError: the model or the method is refused.
     """
-    plain, alone = model(**prompt).logits, inputs(name, model, rows=1)
+    plain, single_prompt = model(**prompt).logits, inputs(name, model, rows=1)
     # Kosmos-2 counts positions and masks of padded rows differently once there is a cache.
-    same_alone = torch.allclose(_generate(model, alone)[0], _generate(model, prompt)[0], atol=1e-3)
-    merges: dict[int, Callable[[Tensor], Tensor]] = {}
+    same_alone = torch.allclose(_generate(model, single_prompt)[0], _generate(model, prompt)[0], atol=1e-3)
+    merges: list[tuple[int, Tensor, Tensor]] = []
     with foveate.apply(model, foveate.build(method, **options)) as session:
         own = session.reducer.positions
         session.reducer.positions = "keep"  # what a masked twin can be told
@@ -131,13 +173,12 @@ def judge(
         renumbered = _generate(model, prompt) if own != "keep" else generated
         if without_cache == "same":
             cacheless = _generate(model, prompt, use_cache=False)
-        single = _generate(model, alone)
+        single = _generate(model, single_prompt)
     kept = trace.active(trace.stages[-1])
-    with MaskedReference(model, _gone(trace), merges):
-        expected = model(**prompt).logits
-        continued = _generate(model, prompt)
-        if without_cache == "else":
-            continued_cacheless = _generate(model, prompt, use_cache=False)
+    reference = _Reference(model, trace, merges)
+    expected, continued = reference.forward(prompt), reference.generate(prompt)
+    if without_cache == "else":
+        continued_cacheless = reference.generate(prompt, use_cache=False)
     kept = kept[:, -forward.shape[1] :]
     if float((expected - plain)[kept].abs().max()) < 1e-3:
         raise Wrong("the reference shows no effect: nothing was checked")

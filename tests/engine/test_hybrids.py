@@ -60,21 +60,6 @@ def _built(name: str) -> tuple[Any, dict[str, Tensor]]:
     return model, catalogue.inputs(key, model)
 
 
-def _alone(prompt: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One row of two, without padding."""
-    rows, real, found = len(prompt["input_ids"]), prompt["attention_mask"][row].bool(), {}
-    for name, value in prompt.items():
-        if value.shape == prompt["input_ids"].shape:
-            found[name] = value[row : row + 1, real]
-        elif name == "pixel_values" and "target_sizes" in prompt:  # MiniCPM-V: images side by side
-            found[name] = value.chunk(rows, -1)[row]
-        elif name == "pixel_values" and "image_grid_thw" in prompt:
-            found[name] = value.split(prompt["image_grid_thw"].prod(1).tolist())[row]
-        else:
-            found[name] = value.chunk(rows)[row]
-    return found
-
-
 def _draw(visual: Tensor, shares: Mapping[int, Sequence[float]]) -> dict[int, Tensor]:
     """{stage: (B, S) bool, removed there}; `shares` of the visual tokens of each row are left after each stage."""
     generator, left, removed, all_of_them = torch.Generator().manual_seed(0), visual.clone(), {}, visual.sum(1)
@@ -111,7 +96,7 @@ def test_a_ragged_padded_batch_is_its_rows_alone_on_shorter_sequences(name: str,
     for row in range(2):
         own = {stage: gone[row : row + 1, prompt["attention_mask"][row].bool()] for stage, gone in removed.items()}
         with ShortReference(model, own):
-            rows.append(_generate(model, _alone(prompt, row), steps)[:2])
+            rows.append(_generate(model, catalogue.alone(prompt, row), steps)[:2])
     tokens, logits = (torch.cat(parts) for parts in zip(*rows))
     plain = model(**prompt).logits
     assert largest(plain[:, -1] - logits[:, 0]) > 1e-2, "removal has no effect: the check would be vacuous"
@@ -162,7 +147,7 @@ def test_a_second_turn_goes_on_from_the_returned_cache(name: str):
     for row in range(2):
         own = {stage: gone[row : row + 1, prompt["attention_mask"][row].bool()] for stage, gone in removed.items()}
         with ShortReference(model, own):
-            expected.append(two_turns(_alone(prompt, row), question[row : row + 1]))
+            expected.append(two_turns(catalogue.alone(prompt, row), question[row : row + 1]))
     with foveate.apply(model, Fixed(removed)):
         assert largest(two_turns(prompt, question) - torch.cat(expected)) <= TOLERANCE
 
@@ -185,7 +170,7 @@ def test_methods_treat_a_row_in_a_batch_as_the_row_alone(name: str, method: fove
     with foveate.apply(model, method):
         together = _generate(model, prompt, 3)[1]
         for row in range(2):
-            assert largest(together[row : row + 1] - _generate(model, _alone(prompt, row), 3)[1]) <= TOLERANCE
+            assert largest(together[row : row + 1] - _generate(model, catalogue.alone(prompt, row), 3)[1]) <= TOLERANCE
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from foveate.ops import diversity
-from foveate.ops.diversity import farthest_points, order_mask
+from foveate.ops.diversity import farthest_points
 
 
 def slow(features: torch.Tensor, count: int) -> list[int]:
@@ -48,10 +48,3 @@ def test_duplicates_are_chosen_once_unless_the_official_defect_is_wanted():
     assert len({i % 8 for i in order[:8]}) == 8
     repeated = farthest_points(features, valid, counts, 16, repeat=True)[0].tolist()
     assert sorted(set(repeated)) == sorted(repeated[:8])
-
-
-def test_order_mask():
-    assert order_mask(torch.tensor([[2, 0, -1], [1, -1, -1]]), 3).tolist() == [
-        [True, False, True],
-        [False, True, False],
-    ]

@@ -2,7 +2,7 @@
 
 import torch
 
-from foveate.ops.duplication import least_duplicated, top_indices
+from foveate.ops.duplication import least_duplicated
 
 
 def test_each_pivot_takes_the_least_similar_of_what_is_left():
@@ -14,9 +14,3 @@ def test_each_pivot_takes_the_least_similar_of_what_is_left():
         [True, False, True, True, False]
     ]
     assert least_duplicated(similarity, eligible, torch.tensor([[9, 9]])).tolist() == eligible.tolist()
-
-
-def test_top_indices_says_which_exist():
-    index, exists = top_indices(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[False, True, True]]), 3)
-    assert index[0, :2].tolist() == [2, 1]
-    assert exists.tolist() == [[True, True, False]]

@@ -34,9 +34,3 @@ def test_rows() -> None:
             op.best_rows(scores, valid, torch.tensor([3, 3]), torch.tensor([count, count])).sum(1).tolist()
             == [count] * 2
         )
-
-
-def test_best_tokens() -> None:
-    scores, valid = torch.tensor([[1.0, 3, 2, 9]]), torch.tensor([[True, True, True, False]])
-    assert op.best_tokens(scores, valid, torch.tensor([2])).tolist() == [[False, True, True, False]]
-    assert op.best_tokens(scores, valid, torch.tensor([7])).tolist() == valid.tolist()

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from foveate.ops import prumerge as op
+from foveate.ops.select import padded_indices
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,7 +28,7 @@ def test_merging_is_a_loop_over_centres(mean: bool, blocked: bool, monkeypatch: 
     kept = draw(2, 20, seed=4) > 0.3
     candidates = ~kept
     candidates[1, 12:] = False
-    centres = op.listed(kept, int(kept.sum(1).max()))
+    centres = padded_indices(kept, int(kept.sum(1).max()))
     merged, owner = op.merge_neighbours(x, key, attention, centres, candidates, 4, mean, bonus)
     for i in range(2):
         best: dict[int, tuple[float, int]] = {}
@@ -56,13 +57,9 @@ def test_spatial_samples_are_even_and_exact() -> None:
             assert not bool((chosen & ~mask).any())
 
 
-def test_lists_and_complements() -> None:
-    mask = torch.tensor([[True, False, True, False], [False, False, False, True]])
-    assert op.listed(mask, 2).tolist() == [[0, 2], [3, -1]]
-    assert torch.equal(op.marked(op.listed(mask, 2), 4), mask)
+def test_complements() -> None:
     assert op.complement(torch.tensor([[3, 0]]), 4).tolist() == [[1, 2]]
     assert op.complement(torch.tensor([[3, 3]]), 4).tolist() == [[1, 2]]  # the official code loses token 0
-    assert op.ranked(torch.tensor([[1.0, 2.0, 2.0]]), torch.tensor([[True, True, True]])).tolist() == [[1, 2, 0]]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.4])

@@ -15,8 +15,8 @@ from foveate.ops import fopru, merging, outliers, prumerge, pumer, raters, recov
 from foveate.ops.density_peaks import density_peaks, merge_clusters
 from foveate.ops.determinantal import determinantal_points
 from foveate.ops.diversity import farthest_points
-from foveate.ops.duplication import least_duplicated, top_indices
-from foveate.ops.select import top_k_mask
+from foveate.ops.duplication import least_duplicated
+from foveate.ops.select import gather_tokens, padded_indices, ranked, top_k_indices, top_k_mask
 from foveate.ops.vispruner import remove_duplicates
 
 Given = dict[str, Any]
@@ -31,7 +31,7 @@ def _duplicates(canonical: bool) -> Callable[[Given], list[Tensor]]:
     def run(g: Given) -> list[Tensor]:
         n = g["n"] if canonical else g["n"] // 2 * 2  # the official code compares pairs
         listed = g["valid"] & (g["valid"].cumsum(1) <= n)
-        order = prumerge.ranked(g["a"], listed)
+        order = ranked(g["a"], listed)
         wanted = torch.tensor([min(g["k"], n) if canonical else max(n - 2, 0)])
         return [remove_duplicates(g["x"], order, torch.tensor([n]), wanted, 2, canonical)]
 
@@ -47,8 +47,8 @@ def _merged(match: merging.Matcher) -> Callable[[Given], list[Tensor]]:
 
 
 def _neighbours(g: Given) -> list[Tensor]:
-    kept = fopru.best_tokens(g["a"], g["valid"], _k(g))
-    centres = prumerge.listed(kept, g["k"])
+    kept = top_k_mask(g["a"], g["valid"], _k(g))
+    centres = padded_indices(kept, g["k"])
     merged, owner = prumerge.merge_neighbours(g["x"], g["x"], g["b"].abs(), centres, g["valid"] & ~kept, 3)
     return [merged, owner, prumerge.evenly_spaced(g["valid"] & ~kept, _k(g) // 2)]
 
@@ -70,8 +70,8 @@ def _clusters(g: Given) -> list[Tensor]:
 
 
 def _pivots(g: Given) -> list[Tensor]:
-    pivots, exists = top_indices(g["a"], g["valid"], 2)
-    chosen = g["x"].gather(1, pivots[..., None].expand(-1, -1, g["x"].shape[2]))
+    pivots, exists = top_k_indices(g["a"], g["valid"], 2)
+    chosen = gather_tokens(g["x"], pivots)
     return [exists, least_duplicated(chosen @ g["x"].transpose(1, 2), g["valid"], exists.long() * _k(g)[:, None] // 2)]
 
 
@@ -97,7 +97,7 @@ def _pumer(style: pumer.MergeStyle) -> Callable[[Given], list[Tensor]]:
 
 
 OPERATIONS: dict[str, Callable[[Given], list[Tensor]]] = {
-    "best tokens": lambda g: [fopru.best_tokens(g["a"], g["valid"], _k(g)), top_k_mask(g["a"], g["valid"], _k(g))],
+    "best tokens": lambda g: [top_k_mask(g["a"], g["valid"], _k(g))],
     "best rows": lambda g: [fopru.best_rows(g["a"], g["valid"], torch.tensor([3]), _k(g))],
     "clusters": _clusters,
     "contextual tokens": _contextual,

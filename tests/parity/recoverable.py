@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from foveate.ops.outliers import THRESHOLD, local_outlier_factor
-from foveate.ops.prumerge import class_attention, ranked
+from foveate.ops.prumerge import class_attention
 from foveate.ops.recoverable import recover_faithful
+from foveate.ops.select import ranked
 from foveate.reducers.recoverable import Recoverable
 from foveate.reduction import View
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from foveate.ops.attention import attention_rows
-from foveate.ops.prumerge import ranked
+from foveate.ops.select import ranked
 from foveate.ops.visionzip import mosaic_order
 from foveate.reducers.visionzip import VisionZip
 

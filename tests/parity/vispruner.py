@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from foveate.ops.fopru import best_tokens
+from foveate.ops.select import top_k_mask
 from foveate.reducers.vispruner import VisPruner
 
 from . import Golden
@@ -20,7 +20,7 @@ def check(path: Path) -> None:
     images, tokens = features.shape[:2]
     keep, ratio = golden.scalar("visual_token_num"), golden.scalar("important_ratio")
     scores = attention.mean(1)
-    important = best_tokens(
+    important = top_k_mask(
         scores, torch.ones_like(scores, dtype=torch.bool), torch.tensor([int(keep * ratio)] * images)
     )
     golden.compare("important_idx", important.nonzero()[:, 1].view(images, -1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.ops.select import ranks_within, rounded_ratio, top_k_mask
+from foveate.ops.select import rounded_ratio
 from foveate.ops.visionzip import split_counts
 from foveate.reduction import Budget
 from tests.families import build, inputs, visual_slots
@@ -45,28 +45,6 @@ def test_visionzip_splits_half_up():
 
 
 # ------------------------------------------------------------------------------------------------------------- items
-def test_ranks_within_groups_against_a_loop():
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(30):
-        groups, eligible = torch.randint(4, (2, 17), generator=generator), torch.rand(2, 17, generator=generator) > 0.3
-        scores = torch.randint(3, (2, 17), generator=generator).float()  # many ties
-        ranks = ranks_within(groups, eligible, scores)
-        for row in range(2):
-            for slot in range(17):
-                others = [s for s in range(17) if eligible[row, s] and groups[row, s] == groups[row, slot]]
-                order = sorted(others, key=lambda s: (-float(scores[row, s]), s))
-                assert int(ranks[row, slot]) == (order.index(slot) if eligible[row, slot] else 17)
-
-
-def test_of_equal_scores_the_lower_slot_stays():
-    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 1.0, 2.0], [0.0] * 6, [-0.0, 0.0, -0.0, 0.0, -0.0, 0.0]])
-    eligible = torch.tensor([[True] * 6, [False, True, True, True, True, True], [True] * 6])
-    kept = top_k_mask(scores, eligible, torch.tensor([2, 3, 2]))
-    assert [row.nonzero()[:, 0].tolist() for row in kept] == [[1, 2], [1, 2, 3], [0, 1]]
-    many = torch.zeros(1, 5000)  # an unstable sort shows at this length
-    assert top_k_mask(many, many == 0, 77)[0].nonzero()[:, 0].tolist() == list(range(77))
-
-
 def kept_of_images(model, method: foveate.Reducer, prompt: dict, stage: int | None = None) -> list[list[int]]:
     with foveate.apply(model, method) as session, torch.no_grad():
         model(**prompt)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize
 
+from .select import gather_tokens
+
 __all__ = [
     "Merging",
     "cosines",
@@ -57,7 +59,7 @@ class Merging:
 
     def prune(self, x: Tensor) -> Tensor:
         """Drop instead of merging: (B, T, D) -> (B, T', D)."""
-        return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[2]))
+        return gather_tokens(x, self.kept)
 
     def maximum(self, x: Tensor) -> Tensor:
         """Largest value of each group, for masks: (B, T, D) -> (B, T', D)."""
@@ -66,7 +68,7 @@ class Merging:
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every member its group's value: (B, T', D) -> (B, T, D)."""
-        return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[2]))
+        return gather_tokens(x, self.index)
 
     def membership(self) -> Tensor:
         """(B, T', T) bool: which tokens are in which group."""

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .select import gather_tokens, put
+
 __all__ = ["Clusters", "density_peaks", "merge_clusters"]
 
 Assignment = Literal["euclidean", "cosine"]
@@ -115,16 +117,14 @@ def density_peaks(
 
     if assignment == "cosine":
         unit = torch.nn.functional.normalize(tokens, dim=-1)
-        cost = -(unit @ _rows(unit, order).transpose(1, 2))
+        cost = -(unit @ gather_tokens(unit, order).transpose(1, 2))
     else:
         cost = apart.gather(2, order[:, None].expand(-1, apart.shape[1], -1))
     joined = cost.masked_fill(~real[:, None], torch.inf).argmin(-1)
     numbers = torch.arange(order.shape[1], device=tokens.device).expand_as(order)
-    # A centre belongs to itself; padding goes into an extra column.
-    last = tokens.shape[1]
-    joined = torch.nn.functional.pad(joined, (0, 1)).scatter(1, order.masked_fill(~real, last), numbers)[:, :last]
-    joined = joined.masked_fill(~valid, 0)
-    return Clusters(density, delta, score, order.masked_fill(~real, -1), joined)
+    centres = order.masked_fill(~real, -1)
+    joined = put(joined, centres, numbers).masked_fill(~valid, 0)  # a centre belongs to itself
+    return Clusters(density, delta, score, centres, joined)
 
 
 def merge_clusters(tokens: Tensor, valid: Tensor, clusters: Clusters, how: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -143,7 +143,3 @@ def merge_clusters(tokens: Tensor, valid: Tensor, clusters: Clusters, how: Liter
     member = ((clusters.assignment[:, None] == numbers) & valid[:, None]).float()
     total = member @ tokens.float()
     return total if how == "sum" else total / (member.sum(-1, keepdim=True) + 1e-6)
-
-
-def _rows(tokens: Tensor, index: Tensor) -> Tensor:
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

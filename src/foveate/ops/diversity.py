@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-__all__ = ["farthest_points", "order_mask"]
+__all__ = ["farthest_points"]
 
 _LARGEST_MATRIX = 4096
 """Tokens up to which the N x N distances are held; above, they are recomputed chosen token by chosen token."""
 _BLOCK = 1024
-
-
-def order_mask(order: Tensor, tokens: int) -> Tensor:
-    """Mask (I, tokens) of the tokens named in a selection order (I, T) that is padded with -1."""
-    out = torch.zeros(order.shape[0], tokens + 1, dtype=torch.bool, device=order.device)
-    return out.scatter(1, torch.where(order < 0, tokens, order), True)[:, :tokens]
 
 
 def _distances(points: Tensor) -> Tensor:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .select import top_k_mask
 
-__all__ = ["least_duplicated", "top_indices"]
-
-
-def top_indices(scores: Tensor, eligible: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices of the `k` highest eligible scores (B, S), falling: (B, k) long; and (B, k) bool, which of them exist."""
-    ranked = scores.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]
-    return ranked, eligible.gather(1, ranked)
+__all__ = ["least_duplicated"]
 
 
 def least_duplicated(similarity: Tensor, eligible: Tensor, takes: Tensor) -> Tensor:

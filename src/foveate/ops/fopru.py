@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .prumerge import ranked
+from .select import first_k_mask, inverse, ranked
 
-__all__ = ["best_rows", "best_tokens", "given_and_received", "significance"]
+__all__ = ["best_rows", "given_and_received", "significance"]
 
 
 def given_and_received(
@@ -52,12 +52,6 @@ def _spread(values: Tensor, valid: Tensor) -> Tensor:
     return (values - mean).masked_fill(~valid, 0.0).square().sum(1, keepdim=True)
 
 
-def best_tokens(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """The `counts` (I,) best of (I, N): (I, N) bool. FoPru's "rank"."""
-    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    return torch.zeros_like(valid).scatter(1, ranked(scores, valid), chosen) & valid
-
-
 def best_rows(scores: Tensor, valid: Tensor, width: Tensor, counts: Tensor) -> Tensor:
     """`counts` (I,) patches of the rows with the highest mean score, the last row in part, its best patches. "row".
 
@@ -76,7 +70,7 @@ def best_rows(scores: Tensor, valid: Tensor, width: Tensor, counts: Tensor) -> T
     total = torch.zeros_like(score).scatter_add(1, row, score)
     members = torch.zeros_like(score).scatter_add(1, row, valid.float())
     mean = (total / members.clamp_min(1)).masked_fill(members == 0, -torch.inf)
-    place = torch.empty_like(row).scatter(1, ranked(mean, members > 0), columns.expand_as(row))
+    place = inverse(ranked(mean, members > 0))
     by_score = ranked(scores, valid)
     by_row = place.gather(1, row).masked_fill(~valid, scores.shape[1]).gather(1, by_score).argsort(dim=1, stable=True)
-    return torch.zeros_like(valid).scatter(1, by_score.gather(1, by_row), columns < counts[:, None]) & valid
+    return first_k_mask(by_score.gather(1, by_row), valid, counts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize
 
-from .select import top_k_mask
+from .select import gather_tokens, inverse, ranked, top_k_mask, true_indices
 
 __all__ = ["Matcher", "energy_pairs", "first_of_each", "merge_to_counts", "soft_pairs"]
 
@@ -33,10 +33,7 @@ def energy_pairs(x: Tensor, valid: Tensor, r: Tensor, margin: float, alpha: floa
     number = valid.sum(1, keepdim=True)
     near = elu(similarity - margin, alpha=alpha, inplace=True).masked_fill_(~valid[:, None], 0.0)
     energy = near.sum(2) / number.clamp_min(1)
-    ranked = energy.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(ranked).scatter_(
-        1, ranked, torch.arange(ranked.shape[1], device=x.device).expand_as(ranked)
-    )
+    rank = inverse(ranked(energy, valid))
     taking_part = (rank < 2 * r[:, None]) & valid
     source, target = taking_part & (rank % 2 == 0), taking_part & (rank % 2 == 1)
     return source, similarity.masked_fill_(~target[:, None], -torch.inf).argmax(2)
@@ -64,9 +61,8 @@ def merge_to_counts(
     number = alive.sum(1)
     have, wanted = torch.stack([number, counts]).tolist()
     place = alive.cumsum(1) - 1
-    index = (~alive).to(torch.int8).argsort(dim=1, stable=True)[:, : max(have)]
-    valid = alive.gather(1, index)
-    x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2])).float()
+    index, valid = true_indices(alive, max(have), align="left")
+    x = gather_tokens(x, index).float()
     size = size.gather(1, index).float()
     while any(now > then for now, then in zip(have, wanted)):
         removed = [min(now - then, now // 2) if now > then else 0 for now, then in zip(have, wanted)]
@@ -85,11 +81,10 @@ def merge_to_counts(
         index = torch.full_like(index, 1 << 40).scatter_reduce(1, into, index, "amin")
         valid = valid & ~source
         order = torch.where(valid, index, 1 << 41).argsort(dim=1, stable=True)
-        moved = torch.empty_like(order).scatter(1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
-        place = moved.gather(1, into.gather(1, place.clamp_min(0)))
+        place = inverse(order).gather(1, into.gather(1, place.clamp_min(0)))
         order = order[:, : max(have)]
         index, size, valid = index.gather(1, order), size.gather(1, order), valid.gather(1, order)
-        x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+        x = gather_tokens(x, order)
     leader = index.gather(1, place.clamp(0, max(index.shape[1] - 1, 0)))
     return leader, torch.where(valid, index, -1), x
 

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
+from .select import gather_tokens, index_mask, ranked
+
 __all__ = [
     "class_attention",
     "complement",
     "evenly_spaced",
-    "listed",
-    "marked",
     "merge_neighbours",
     "merge_official",
     "nearest_neighbours",
     "official_grid",
     "official_selection",
     "owners",
-    "ranked",
     "weighted_sum",
 ]
 
@@ -44,23 +43,6 @@ def class_attention(cls_query: Tensor, cls_key: Tensor, key: Tensor) -> Tensor:
     return logits[:, :, 0].softmax(1)[:, 1:]
 
 
-def ranked(scores: Tensor, valid: Tensor) -> Tensor:
-    """Indices by falling score, (I, N); ties go to the lower index, what is not valid comes last."""
-    return scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-
-
-def listed(mask: Tensor, most: int) -> Tensor:
-    """Indices of the True entries of (I, N) in ascending order: (I, most) long, padded with -1."""
-    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    return torch.where(mask.gather(1, order), order, -1)
-
-
-def marked(index: Tensor, tokens: int) -> Tensor:
-    """Mask (I, tokens) of the tokens listed in (I, M); -1 is padding."""
-    mask = torch.zeros(index.shape[0], tokens + 1, dtype=torch.bool, device=index.device)
-    return mask.scatter(1, torch.where(index < 0, tokens, index), True)[:, :tokens]
-
-
 def evenly_spaced(eligible: Tensor, counts: Tensor) -> Tensor:
     """`counts` (I,) of the eligible entries (I, N), at equal distances in their order: (I, N) bool."""
     rank, total, wanted = eligible.cumsum(1) - 1, eligible.sum(1, keepdim=True).clamp_min(1), counts[:, None]
@@ -75,7 +57,7 @@ def complement(chosen: Tensor, tokens: int) -> Tensor:
         chosen: (I, S) long. As in the official code, an index that is named twice costs one of the lowest others.
         tokens: N.
     """
-    mask = torch.zeros(chosen.shape[0], tokens, dtype=torch.bool, device=chosen.device).scatter(1, chosen, True)
+    mask = index_mask(chosen, tokens)
     return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, chosen.shape[1] :]
 
 
@@ -145,7 +127,7 @@ def nearest_neighbours(
     count = min(neighbours, key.shape[1])
     found = []
     for part in centres.split(_BLOCK, 1):
-        mine = units.gather(1, part.clamp_min(0)[..., None].expand(-1, -1, units.shape[2]))
+        mine = gather_tokens(units, part)
         score = mine @ units.transpose(1, 2)
         if bonus is not None:
             score = score + bonus[:, None].to(score.dtype)
@@ -203,7 +185,7 @@ def merge_official(
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     pool = torch.cat([chosen, complement(chosen, x.shape[1])], 1)
-    tokens, keys = (t.gather(1, pool[..., None].expand(-1, -1, t.shape[2])) for t in (x, key))
+    tokens, keys = gather_tokens(x, pool), gather_tokens(key, pool)
     weights = attention.gather(1, pool).to(x.dtype)
     centres = torch.arange(chosen.shape[1], device=x.device).expand_as(chosen)
     index, similarity = nearest_neighbours(keys, centres, torch.ones_like(pool, dtype=torch.bool), neighbours)
@@ -242,7 +224,7 @@ def merge_neighbours(
     share = attention.to(x.dtype).gather(1, index.flatten(1)).view_as(similarity)
     share = share.masked_fill(similarity.isneginf(), 0.0)
     place = centres.clamp_min(0)
-    own = x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
+    own = gather_tokens(x, place)
     merged = weighted_sum(x, index, share)
     if mean:
         # Attention may be all zero: the centre alone is its own mean.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .select import gather_tokens, inverse, true_indices
+
 __all__ = [
     "MergeStyle",
     "Reduction",
@@ -143,7 +145,7 @@ def pair_places(
     best, partner = likeness.max(2)
     # Unused tokens rank last, behind the protected one.
     best = best.masked_fill(~used[:, ::2], -torch.inf)
-    rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = inverse(best.argsort(dim=1, descending=True, stable=True))
     source = rank < r[:, None]
     alone = used[:, ::2] & ~source
     after = alone.sum(1, keepdim=True)
@@ -240,7 +242,7 @@ def reduce_image(
         if style == "diff":
             likeness = -(value[:, ::2, None] - value[:, None, 1::2]).abs()
         else:
-            metric = key.gather(1, order[..., None].expand(-1, -1, key.shape[2]))
+            metric = gather_tokens(key, order)
             likeness = _likeness(metric * value[..., None] if style == "tip" else metric)
     official_diff = style == "diff" and not protect_class
     place, weight, used = _merged(
@@ -272,8 +274,8 @@ def reduce_text(key: Tensor, mask: Tensor, merge: float, count_padding: bool = F
     if count_padding:
         order = torch.arange(length, device=key.device).expand(batch, -1)
     else:
-        order = (mask > 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(count)]
-    likeness = _likeness(key.gather(1, order[..., None].expand(-1, -1, key.shape[2])))
+        order = true_indices(mask > 0, max(count), align="left")[0]
+    likeness = _likeness(gather_tokens(key, order))
     place, weight, used = _merged(likeness, count, r, order.shape[1], key.device, True)
     all_places = torch.zeros(batch, length, dtype=torch.long, device=key.device).scatter(1, order, place)
     all_weights = torch.zeros(batch, length, device=key.device).scatter(1, order, weight)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fopru import best_tokens
 from .outliers import count_outliers
-from .prumerge import listed, marked, merge_neighbours, ranked
+from .prumerge import merge_neighbours
+from .select import gather_tokens, index_mask, inverse, padded_indices, ranked, top_k_mask
 
 __all__ = ["Recovery", "apportion", "merge_rest", "merge_rest_official", "recover", "recover_faithful"]
 
@@ -51,7 +51,7 @@ def apportion(weights: Tensor, total: Tensor) -> Tensor:
     product, whole = weights * total[:, None], weights.sum(1, keepdim=True)
     share, remainder = product // whole, product % whole
     missing = total[:, None] - share.sum(1, keepdim=True)
-    rank = remainder.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    rank = inverse(remainder.argsort(dim=1, descending=True, stable=True))
     return share + (rank < missing).long()
 
 
@@ -88,9 +88,9 @@ def recover(
     """
     tokens = valid.sum(1)
     found_visual = count_outliers(attention, filter_k, valid)
-    left = valid & ~best_tokens(attention, valid, found_visual)
+    left = valid & ~top_k_mask(attention, valid, found_visual)
     found_text = count_outliers(similarity, filter_k, left)
-    rest = left & ~best_tokens(similarity, left, found_text)
+    rest = left & ~top_k_mask(similarity, left, found_text)
     found_rest = count_outliers(attention, rest_k, rest)
     counts = torch.stack([found_visual, found_text, found_rest], 1)
     pooled = rest.sum(1) > found_rest
@@ -101,9 +101,9 @@ def recover(
         complete = (budget == tokens)[:, None]
         everything = torch.stack([tokens, torch.zeros_like(tokens), torch.zeros_like(tokens)], 1)
         counts = torch.where(complete, everything, counts)
-    visual = best_tokens(attention, valid, counts[:, 0])
+    visual = top_k_mask(attention, valid, counts[:, 0])
     left = valid & ~visual
-    text = best_tokens(similarity, left, counts[:, 1])
+    text = top_k_mask(similarity, left, counts[:, 1])
     centres = _centres(attention, left & ~text, counts[:, 2])
     every = tokens.clamp_min(1)
     rest_ratio = found_rest / rest.sum(1).clamp_min(1)
@@ -125,13 +125,13 @@ def recover_faithful(attention: Tensor, similarity: Tensor, width: int, variant:
     tokens = attention.shape[1]
     union = variant == "union"
     visual_ratio = _share(attention, 10 if union else 20, valid)
-    visual = best_tokens(attention, valid, (tokens * visual_ratio).long())
+    visual = top_k_mask(attention, valid, (tokens * visual_ratio).long())
     if not union:
         lowest = similarity.amin(1, keepdim=True)
         similarity = torch.where(visual, lowest, similarity)
     text_ratio = _share(similarity, 10 if union else 20, valid)
     eligible = torch.full_like(tokens * text_ratio, tokens) if union else (tokens - visual.sum(1)).double()
-    text = best_tokens(similarity, valid, (eligible * text_ratio).long())
+    text = top_k_mask(similarity, valid, (eligible * text_ratio).long())
     rest = ~(visual | text)
     rest_ratio = _share(attention, 10, rest)
     counts = ((tokens if union else width) * rest_ratio).long()
@@ -159,9 +159,9 @@ def merge_rest_official(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     rest = ~found.main
     longest = int(rest.sum(1).max())
-    pool = listed(rest, longest)
+    pool = padded_indices(rest, longest)
     place, exists = pool.clamp_min(0), pool >= 0
-    tokens = x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
+    tokens = gather_tokens(x, place)
     weights = attention.gather(1, place).to(x.dtype).masked_fill(~exists, 0.0)
     inside = (rest.cumsum(1) - 1).gather(1, found.centres.clamp_min(0))
     centres = torch.where(found.centres >= 0, inside, -1)
@@ -196,7 +196,7 @@ def merge_rest(
         the extra token alone, -1 for all others.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    centre = marked(found.centres, valid.shape[1])
+    centre = index_mask(found.centres, valid.shape[1])
     rest = valid & ~found.main & ~centre
     merged, owner = merge_neighbours(x, key, attention, found.centres, rest, neighbours, True, text_weight * similarity)
     weights = torch.where(rest, attention.to(x.dtype).clamp_min(1e-30), 0.0)

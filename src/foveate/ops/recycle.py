@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .select import gather_tokens, padded_indices, put
+
 __all__ = ["Merged", "official_order", "slot_order"]
 
 
@@ -34,14 +36,8 @@ class Merged:
     states: Tensor
 
 
-def _put(base: Tensor, slots: Tensor, values: Tensor) -> Tensor:
-    """`base` (B, S) with `values` (B, m) at `slots` (B, m); -1 is put nowhere."""
-    padded = torch.nn.functional.pad(base, (0, 1))
-    return padded.scatter(1, slots.remainder(padded.shape[1]), values)[:, :-1]
-
-
 def _in_use(chosen: Tensor, merged: Merged) -> Tensor:
-    return _put(chosen, merged.centres, torch.ones_like(merged.centres, dtype=torch.bool))
+    return put(chosen, merged.centres, torch.ones_like(merged.centres, dtype=torch.bool))
 
 
 def slot_order(chosen: Tensor, merged: Merged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,7 +48,7 @@ def slot_order(chosen: Tensor, merged: Merged) -> tuple[Tensor, Tensor, Tensor, 
         merged: the merged ones.
     """
     own = torch.where(chosen, torch.arange(chosen.shape[1], device=chosen.device), -1)
-    origin = _put(own, merged.slots, merged.centres.gather(1, merged.number))
+    origin = put(own, merged.slots, merged.centres.gather(1, merged.number))
     return _in_use(chosen, merged), merged.centres, merged.states, origin
 
 
@@ -68,15 +64,12 @@ def official_order(hidden: Tensor, chosen: Tensor, merged: Merged) -> tuple[Tens
     """
     kept, in_use = chosen.sum(1, keepdim=True), _in_use(chosen, merged)
     most_kept, most = int(kept.max()), int(in_use.sum(1).max())
-    places = in_use.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    slots, stay = padded_indices(in_use, most), padded_indices(chosen, most_kept)
     ranks = torch.arange(most, device=hidden.device)
-    slots = places.masked_fill(ranks >= in_use.sum(1, keepdim=True), -1)
-    stay = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most_kept]
-    row = torch.arange(len(hidden), device=hidden.device)[:, None]
-    states = torch.cat([hidden[row, stay], merged.states.to(hidden.dtype)], 1)
+    states = torch.cat([gather_tokens(hidden, stay), merged.states.to(hidden.dtype)], 1)
     source = torch.where(ranks < kept, ranks, most_kept + ranks - kept).clamp_max(states.shape[1] - 1)
 
     origin = torch.full_like(chosen, -1, dtype=torch.long)
-    origin = _put(origin, stay.masked_fill(ranks[:most_kept] >= kept, -1), slots[:, :most_kept])
+    origin = put(origin, stay, slots[:, :most_kept])
     carriers = slots.gather(1, (kept + merged.number).clamp_max(most - 1))
-    return in_use, slots, states[row, source], _put(origin, merged.slots, carriers)
+    return in_use, slots, gather_tokens(states, source), put(origin, merged.slots, carriers)

@@ -1,11 +1,45 @@
-"""Choosing slots of a batch, row by row, on the device."""
+"""Choosing tokens of a batch, row by row, on the device; and translating between indices and masks.
+
+Lists of indices come in two forms: padded with -1, or with a mask that says which of them exist.
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["ranks_within", "rounded_ratio", "top_k_mask", "true_indices"]
+__all__ = [
+    "first_k_mask",
+    "gather_tokens",
+    "index_mask",
+    "inverse",
+    "padded_indices",
+    "put",
+    "put_tokens",
+    "ranked",
+    "ranks_within",
+    "rounded_ratio",
+    "top_k_indices",
+    "top_k_mask",
+    "true_indices",
+]
+
+
+# ------------------------------------------------------------------------------------------------------ by score
+def ranked(scores: Tensor, eligible: Tensor) -> Tensor:
+    """Indices by falling score, (B, S); ties go to the lower index, what is not eligible comes last."""
+    return scores.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
+
+
+def first_k_mask(order: Tensor, eligible: Tensor, k: int | Tensor) -> Tensor:
+    """Mask (B, S) of the first `k` (one count, or LongTensor (B,)) of an order (B, S), as far as they are eligible."""
+    if isinstance(k, Tensor):
+        k = k.to(order.device)[:, None]
+    chosen = torch.arange(order.shape[1], device=order.device)[None] < k
+    return torch.zeros_like(eligible).scatter(1, order, chosen.expand_as(order)) & eligible
 
 
 def top_k_mask(scores: Tensor, eligible: Tensor, k: int | Tensor) -> Tensor:
@@ -19,12 +53,13 @@ def top_k_mask(scores: Tensor, eligible: Tensor, k: int | Tensor) -> Tensor:
     Returns:
         (B, S) bool.
     """
-    ranked = scores.masked_fill(~eligible, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    if isinstance(k, Tensor):
-        k = k.to(scores.device)[:, None]
-    chosen = torch.arange(scores.shape[1], device=scores.device)[None] < k
-    out = torch.zeros_like(eligible)
-    return out.scatter(1, ranked, chosen.expand_as(ranked)) & eligible
+    return first_k_mask(ranked(scores, eligible), eligible, k)
+
+
+def top_k_indices(scores: Tensor, eligible: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Indices of the `k` highest eligible scores (B, S), falling: (B, k) long; and (B, k) bool, which of them exist."""
+    index = ranked(scores, eligible)[:, :k]
+    return index, eligible.gather(1, index)
 
 
 def ranks_within(groups: Tensor, eligible: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -55,14 +90,55 @@ def rounded_ratio(above: Tensor, below: Tensor | int) -> Tensor:
     return whole + ((twice > below) | ((twice == below) & (whole % 2 == 1))).long()
 
 
-def true_indices(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ascending indices of the True slots of every row, right-aligned in `count` columns.
+# --------------------------------------------------------------------------------------------- indices and masks
+def true_indices(mask: Tensor, count: int, align: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
+    """Ascending indices of the True entries of every row, in `count` columns.
 
     Args:
-        mask: (B, S) bool, at most `count` True per row.
+        mask: (B, S) bool.
+        count: at least as many as are True in a row; with `align="left"`, further ones are cut off.
+        align: where the indices stand if a row has fewer.
 
     Returns:
-        index (B, count) long and valid (B, count) bool; an invalid entry points at some False slot.
+        index (B, count) long and valid (B, count) bool; an invalid entry points at some False one.
     """
-    order = torch.argsort(mask.to(torch.int8), dim=1, stable=True)[:, mask.shape[1] - count :]
+    order = mask.to(torch.int8).argsort(dim=1, descending=align == "left", stable=True)
+    order = order[:, :count] if align == "left" else order[:, mask.shape[1] - count :]
     return order, mask.gather(1, order)
+
+
+def padded_indices(mask: Tensor, count: int) -> Tensor:
+    """Ascending indices of the True entries of (B, S), the first `count`: (B, count) long, padded with -1."""
+    index, valid = true_indices(mask, count, align="left")
+    return torch.where(valid, index, -1)
+
+
+def index_mask(index: Tensor, length: int) -> Tensor:
+    """Mask (B, length) of what is listed in `index` (B, M); -1 and `length` are padding."""
+    mask = torch.zeros(index.shape[0], length, dtype=torch.bool, device=index.device)
+    return put(mask, index, torch.ones_like(index, dtype=torch.bool))
+
+
+def put(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """`base` (B, S) with `values` (B, M) at `index` (B, M); -1 and S are padding and put nowhere."""
+    padded = pad(base, (0, 1))
+    return padded.scatter(1, index.remainder(padded.shape[1]), values)[:, :-1]
+
+
+def put_tokens(x: Tensor, slots: Tensor, values: Tensor, spare: int) -> Tensor:
+    """`x` (B, S, D) with `values` (B, M, D) at `slots` (B, M). Padding, -1, leaves slot `spare` as it is."""
+    padding = slots < 0
+    values = torch.where(padding[..., None].to(x.device), x[:, spare : spare + 1], values.to(x))
+    index = torch.where(padding, spare, slots)[..., None].expand(values.shape).to(x.device)
+    return x.scatter(1, index, values)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` (B, M) of `x` (B, S, D): (B, M, D); padding, -1, repeats token 0."""
+    return x.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, x.shape[2]))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The place of every entry in a permutation of each row, (B, S) long."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .prumerge import listed
+from .select import gather_tokens, padded_indices
 
 __all__ = [
     "contextual_groups",
@@ -49,7 +49,7 @@ def nearest_target(metric: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
     if not targets.shape[1]:
         return torch.full_like(sources, -1, dtype=torch.long)
     units = normalize(metric.float(), dim=-1)
-    there = units.gather(1, targets.clamp_min(0)[..., None].expand(-1, -1, units.shape[2]))
+    there = gather_tokens(units, targets)
     similarity = (units @ there.transpose(1, 2)).masked_fill_((targets < 0)[:, None], -torch.inf)
     assigned = sources & (targets >= 0).any(1, keepdim=True)
     return torch.where(assigned, similarity.argmax(2), -1)
@@ -75,7 +75,7 @@ def merge_into_targets(x: Tensor, targets: Tensor, assigned: Tensor, target_weig
     total = total.scatter_add(1, column[..., None].expand_as(x), x)[:, :-1]
     members = x.new_zeros(samples, targets.shape[1] + 1).scatter_add(1, column, torch.ones_like(column, dtype=x.dtype))
     members = members[:, :-1, None]
-    own = x.gather(1, targets.clamp_min(0)[..., None].expand(-1, -1, width)).masked_fill((targets < 0)[..., None], 0.0)
+    own = gather_tokens(x, targets).masked_fill((targets < 0)[..., None], 0.0)
     if target_weighs:
         return (own + total) / (1 + members)
     return own + total / members.clamp_min(1)
@@ -117,5 +117,5 @@ def split_counts(counts: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def contextual_groups(metric: Tensor, rest: Tensor, counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Targets (I, most), padded with -1, and to which of them everything else in `rest` (I, N) belongs (I, N)."""
     mask = contextual_targets(rest, counts)
-    targets = listed(mask, most)
+    targets = padded_indices(mask, most)
     return targets, nearest_target(metric, targets, rest & ~mask)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .select import index_mask, true_indices
+
 __all__ = ["remove_duplicates"]
 
 _LARGEST_MATRIX = 4096
@@ -81,7 +83,6 @@ def remove_duplicates(
         if canonical:
             new = new.sort(1).values
         else:
-            new = new.gather(1, (new == tokens).to(torch.int8).argsort(dim=1, stable=True))
+            new = new.gather(1, true_indices(new != tokens, new.shape[1], align="left")[0])
         order = torch.where(done, order, new)[:, : max(have)]
-    kept = torch.zeros(samples, tokens + 1, dtype=torch.bool, device=order.device)
-    return kept.scatter(1, order, True)[:, :tokens]
+    return index_mask(order, tokens)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.merging import Matcher, first_of_each, merge_to_counts
-from ..ops.select import true_indices
+from ..ops.select import padded_indices
 from ..reduction import Decision, OptionError, Patches, UnsupportedError, View
 from ._images import take
 
@@ -84,7 +84,7 @@ def decide_by_merging(
         *view.active.shape,
     )
     merged = place > 0
-    slots, real = true_indices(merged, int(merged.sum(1).max()))
-    decision.values = values.flatten(0, 1)[(place.gather(1, slots) - 1).clamp_min(0)].to(view.hidden.dtype)
-    decision.slots = torch.where(real, slots, -1)
+    decision.slots = padded_indices(merged, int(merged.sum(1).max()))
+    cell = place.gather(1, decision.slots.clamp_min(0))
+    decision.values = values.flatten(0, 1)[(cell - 1).clamp_min(0)].to(view.hidden.dtype)
     return decision

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops.prumerge import listed
+from ..ops.select import padded_indices, put
 from ..reduction import Budget, Decision, Patches, UnsupportedError, View, VisionSpec
+from ._images import take
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -137,7 +138,7 @@ def states(blocks: Blocks, layer: int) -> tuple[Tensor, Callable[[Tensor], Tenso
     project, features = view.project, patches.features
     if project is not None and features is not None:
         return features, lambda x: project(x.to(features.dtype))
-    return view.hidden[patches.rows[:, None], patches.slots.clamp_min(0)], lambda x: x
+    return take(view.hidden, patches), lambda x: x
 
 
 def decide_in_place(
@@ -154,10 +155,8 @@ def decide_in_place(
     """
     patches = blocks.any
     places = torch.arange(1, merged.numel() + 1, device=merged.device).view_as(merged)
-    cell = torch.zeros(len(kept), kept.shape[1] + 1, dtype=torch.long, device=kept.device)
-    cell = cell.scatter(1, torch.where(merged < 0, kept.shape[1], merged), places)[:, :-1]
-    place = blocks.per_slot(cell)
-    slots = listed(place > 0, int((place > 0).sum(1).max()))
+    place = blocks.per_slot(put(torch.zeros_like(owner), merged, places))
+    slots = padded_indices(place > 0, int((place > 0).sum(1).max()))
     laid = None
     if slots.numel():
         laid = values.flatten(0, 1)[(place.gather(1, slots.clamp_min(0)) - 1).clamp_min(0)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.determinantal import determinantal_points
-from ..ops.diversity import order_mask
+from ..ops.select import index_mask
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, View, bind, register
 from ._images import by_block, by_image, counts_per_image, renumber_if_possible, take
 from ._layers import check_flag
@@ -115,5 +115,5 @@ class CDPruner(Reducer):
         counts = self._shares(images, blocks, view) if self.faithful else counts_per_image(self._budget, images)
         features, weights = take(view.hidden, sets), relevance[sets.rows[:, None], sets.slots.clamp_min(0)]
         order = determinantal_points(features, weights, sets.valid, counts, int(counts.max()), guard=not self.faithful)
-        kept = sets.to_slots(order_mask(order, sets.slots.shape[1]).float(), *view.active.shape) > 0
+        kept = sets.to_slots(index_mask(order, sets.slots.shape[1]).float(), *view.active.shape) > 0
         return Decision(keep=view.active & (kept | ~view.visual), scores=relevance)

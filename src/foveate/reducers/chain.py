@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.select import put_tokens
 from ..reduction import Decision, OptionError, Positions, Reducer, TapSpec, View, VisionSpec, bind
 
 if TYPE_CHECKING:
@@ -98,11 +99,7 @@ def _both(a: VisionSpec, b: VisionSpec, layer: int) -> VisionSpec:
 def _carried_out(view: View, decision: Decision) -> View:
     hidden, active = view.hidden, view.active
     if decision.slots is not None and decision.values is not None:
-        last = hidden.shape[1] - 1
-        padding = (decision.slots < 0)[..., None]
-        values = torch.where(padding, hidden[:, last:], decision.values.to(hidden.dtype))
-        index = torch.where(decision.slots < 0, last, decision.slots)[..., None].expand_as(values)
-        hidden = hidden.scatter(1, index, values)
+        hidden = put_tokens(hidden, decision.slots, decision.values, hidden.shape[1] - 1)
     if decision.keep is not None:
         active = active & decision.keep
     return replace(view, hidden=hidden, active=active)

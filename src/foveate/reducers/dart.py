@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..ops.duplication import least_duplicated, top_indices
+from ..ops.duplication import least_duplicated
+from ..ops.select import gather_tokens, top_k_indices
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, look_up, register
 from ._images import counts_per_row, truncated
 from ._layers import check_layer, resolve_layer
@@ -84,8 +85,8 @@ class DART(Reducer):
         norms = view.tap.to_slots(view.tap.key.float().abs().sum((1, 3)), view.active.shape[1])
         visual = view.active_visual
         after = view.active & ~view.visual & (view.visual.cumsum(1) > 0)
-        image_pivots, image_exists = top_indices(norms, visual, self.pivot_image)
-        text_pivots, text_exists = top_indices(norms, after, self.pivot_text)
+        image_pivots, image_exists = top_k_indices(norms, visual, self.pivot_image)
+        text_pivots, text_exists = top_k_indices(norms, after, self.pivot_text)
         total = counts_per_row(self._budget, view)
         if not self.faithful:
             image_exists &= torch.arange(image_exists.shape[1], device=total.device) < total[:, None]
@@ -99,7 +100,7 @@ class DART(Reducer):
         kept = torch.zeros_like(visual).scatter(1, image_pivots, image_exists)
         there = next(iter(self._norm.parameters()), view.hidden).device  # the norm may be on another device
         states = normalize(self._norm(view.hidden.to(there)).to(view.hidden.device).float(), dim=-1)
-        chosen = states.gather(1, pivots[..., None].expand(-1, -1, states.shape[2]))
+        chosen = gather_tokens(states, pivots)
         kept = kept | least_duplicated(chosen @ states.transpose(1, 2), visual & ~kept, takes)
         return Decision(keep=view.active & (kept | ~view.visual), scores=norms)
 

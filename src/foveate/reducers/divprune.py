@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..ops.diversity import farthest_points, order_mask
+from ..ops.diversity import farthest_points
+from ..ops.select import index_mask
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Reducer, View, register
 from ._images import by_image, counts_per_image, renumber_if_possible, take
 
@@ -60,6 +61,6 @@ class DivPrune(Reducer):
         counts = counts_per_image(self._budget, images)
         features, most = take(view.hidden, images), int(counts.max())
         order = farthest_points(features, images.valid, counts, most, repeat=self.faithful)
-        chosen = order_mask(order, images.slots.shape[1])
+        chosen = index_mask(order, images.slots.shape[1])
         kept = images.to_slots(chosen.float(), *view.active.shape) > 0
         return Decision(keep=view.active & (kept | ~view.visual))

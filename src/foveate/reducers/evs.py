@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..ops.fopru import best_tokens
+from ..ops.select import top_k_mask
 from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, UnsupportedError, View, register
 from ._images import by_block, by_image, renumber_if_possible, take
 
@@ -76,7 +76,7 @@ class EVS(Reducer):
         place = videos.rows[:, None], videos.slots.clamp_min(0)
         score, valid = spread[place], shown[place] & videos.valid
         counts = self._counts(valid.sum(1), ((score == _FIRST) & valid).sum(1), valid.shape[1])
-        kept = videos.to_slots(best_tokens(score, valid, counts).float(), *view.active.shape) > 0
+        kept = videos.to_slots(top_k_mask(score, valid, counts).float(), *view.active.shape) > 0
         return Decision(keep=view.active & (kept | ~shown), scores=spread)
 
     def _counts(self, tokens: Tensor, frame: Tensor, most: int) -> Tensor:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..ops.fopru import best_rows, best_tokens, given_and_received, significance
+from ..ops.fopru import best_rows, given_and_received, significance
+from ..ops.select import top_k_mask
 from ..reduction import (
     BEFORE_LAYERS,
     Budget,
@@ -105,7 +106,7 @@ class FoPru(Reducer):
         if self.strategy == "row":
             kept = best_rows(scores, blocks.valid, width, counts)
         else:
-            kept = best_tokens(scores, blocks.valid, counts)
+            kept = top_k_mask(scores, blocks.valid, counts)
         if self.faithful:
             blocks.budget = None
         return Decision(keep=blocks.keep(kept), scores=blocks.per_slot(torch.where(blocks.valid, scores, 0.0)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops.select import true_indices
+from ..ops.select import padded_indices
 from ..reduction import (
     BEFORE_LAYERS,
     Budget,
@@ -24,7 +24,7 @@ from ..reduction import (
     View,
     register,
 )
-from ._images import by_block, by_image, counts_per_image, renumber_if_possible
+from ._images import by_block, by_image, counts_per_image, renumber_if_possible, take
 from ._merging import decide_by_groups, tower_leaders
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class AveragePool(Reducer):
             return None
         cells, middles = _cells(blocks, _shares(view, images, blocks, counts))
         number = int(cells.max()) + 1
-        hidden = view.hidden[blocks.rows[:, None], blocks.slots.clamp_min(0)]
+        hidden = take(view.hidden, blocks)
         inside = (cells >= 0).to(torch.float32)
         place = cells.clamp_min(0)
         total = inside.new_zeros(len(cells), number).scatter_add(1, place, inside)
@@ -105,11 +105,11 @@ class AveragePool(Reducer):
         whole = images.to_slots((images.valid & (counts == images.valid.sum(1))[:, None]).float(), *view.active.shape)
         decision = decide_by_groups(view, blocks, leaders, dropped=view.visual & ~pooled & (whole == 0))
         kept = pooled if decision.keep is None else pooled & decision.keep
-        slots, real = true_indices(kept, int(kept.sum(1).max()))
+        decision.slots = padded_indices(kept, int(kept.sum(1).max()))
         flat = torch.arange(len(cells), device=cells.device)[:, None] * number + cells + 1
-        cell = blocks.to_slots(torch.where(cells >= 0, flat, 0), *view.active.shape).gather(1, slots)
+        cell = blocks.to_slots(torch.where(cells >= 0, flat, 0), *view.active.shape)
+        cell = cell.gather(1, decision.slots.clamp_min(0))
         decision.values = means.flatten(0, 1)[(cell - 1).clamp_min(0)].to(view.hidden.dtype)
-        decision.slots = torch.where(real, slots, -1)
         return decision
 
 

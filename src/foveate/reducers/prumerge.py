@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..ops.fopru import best_tokens
 from ..ops.outliers import upper_outliers
-from ..ops.prumerge import class_attention, evenly_spaced, listed, merge_neighbours, merge_official, official_selection
+from ..ops.prumerge import class_attention, evenly_spaced, merge_neighbours, merge_official, official_selection
+from ..ops.select import index_mask, padded_indices, top_k_mask
 from ..reduction import (
     BEFORE_LAYERS,
     Budget,
@@ -107,9 +107,9 @@ class PruMerge(Reducer):
         pooled = (total < size) & (total > 1) & self.extra
         wanted = torch.minimum(total, size) - pooled.long()
         if not self._plus:
-            return best_tokens(attention, blocks.valid, wanted), pooled
+            return top_k_mask(attention, blocks.valid, wanted), pooled
         most = (wanted + 1) // 2 if self._budget else wanted
-        important = best_tokens(attention, blocks.valid, torch.minimum(outliers, most))
+        important = top_k_mask(attention, blocks.valid, torch.minimum(outliers, most))
         return important | evenly_spaced(blocks.valid & ~important, wanted - important.sum(1)), pooled
 
     def _adaptive(self, outliers: Tensor, size: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class PruMerge(Reducer):
         pruned = valid & ~kept
         key = blocks.patches[self._keys].key
         assert key is not None
-        centres = listed(kept, int(kept.sum(1).max()))
+        centres = padded_indices(kept, int(kept.sum(1).max()))
         x, project = states(blocks, self._features)
         merged, column = merge_neighbours(
             x, key.flatten(2), attention, centres, pruned, self.neighbours, self.merge == "mean"
@@ -166,7 +166,7 @@ class PruMerge(Reducer):
             raise UnsupportedError(f"PruMerge+ with faithful=True: {error}; use faithful=False") from error
         x, project = states(blocks, self._features)
         centres, extra = merge_official(x, read.key.flatten(2), attention, chosen, self.neighbours)
-        homes = torch.zeros_like(valid).scatter(1, chosen, True)
+        homes = index_mask(chosen, tokens)
         values = torch.cat([centres, extra], 1) if chosen.shape[1] < tokens else centres
         count = values.shape[1]
         key = torch.arange(valid.shape[0] * count, device=valid.device).view(-1, count)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..ops.prumerge import class_attention, listed, marked
+from ..ops.prumerge import class_attention
 from ..ops.recoverable import merge_rest, merge_rest_official, recover, recover_faithful
+from ..ops.select import gather_tokens, index_mask, padded_indices, put
 from ..reduction import (
     BEFORE_LAYERS,
     Budget,
@@ -144,10 +145,10 @@ class Recoverable(Reducer):
         )
         tokens = valid.shape[1]
         own = torch.arange(tokens, device=valid.device).expand_as(valid)
-        pruned = valid & ~found.main & ~marked(found.centres, tokens)
+        pruned = valid & ~found.main & ~index_mask(found.centres, tokens)
         last = torch.where(found.pooled, torch.where(pruned, own, -1).amax(1), -1)[:, None]
         overwritten = torch.cat([found.centres, last], 1)
-        is_home = marked(overwritten, tokens)
+        is_home = index_mask(overwritten, tokens)
         owner = torch.where((column >= 0) & ~is_home, overwritten.gather(1, column.clamp_min(0)), -1)
         owner = torch.where(found.main | is_home, own, owner)
         values = project(torch.cat([merged, extra], 1))
@@ -164,17 +165,16 @@ class Recoverable(Reducer):
         x, project = states(blocks, self._features)
         found = recover_faithful(attention, similarity, x.shape[2], self.variant)
         centres, extra = merge_rest_official(x, read.key.flatten(2), attention, similarity, found, self.neighbours)
-        main = listed(found.main, int(found.main.sum(1).max()))
-        features = x.gather(1, main.clamp_min(0)[..., None].expand(-1, -1, x.shape[2]))
+        main = padded_indices(found.main, int(found.main.sum(1).max()))
+        features = gather_tokens(x, main)
         values = torch.cat([features.to(centres.dtype), centres, extra], 1)
         last = torch.where(found.pooled, 0, -1)[:, None]
         source = torch.cat([main, found.centres, last], 1)
         count = source.shape[1]
         key = torch.arange(source.numel(), device=valid.device).view(-1, count).masked_fill(source < 0, -1)
         tokens = valid.shape[1]
-        place = torch.where(source[:, :-1] < 0, tokens, source[:, :-1])
+        place = source[:, :-1]
         number = torch.arange(count - 1, device=valid.device).expand_as(place)
-        column = torch.where(found.pooled, count - 1, -1)[:, None].repeat(1, tokens + 1)
-        column = column.scatter(1, place, number)[:, :-1]
-        homes = marked(source[:, :-1], tokens)
+        column = put(torch.where(found.pooled, count - 1, -1)[:, None].expand(-1, tokens), place, number)
+        homes = index_mask(place, tokens)
         return decide_reordered(blocks, homes, project(values), key, column, attention)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops import raters, schedule
 from ..ops.density_peaks import density_peaks, merge_clusters
 from ..ops.recycle import Merged, official_order, slot_order
-from ..ops.select import true_indices
+from ..ops.select import first_k_mask, gather_tokens, ranked, true_indices
 from ..reduction import (
     BEFORE_LAYERS,
     Decision,
@@ -141,11 +141,9 @@ class SparseVLM(Options):
         counts = self._counts(view, torch.stack([eligible.sum(1), self._rank(view, tap)], 1).tolist())
         kept, pool, clusters = torch.tensor(counts, device=scores.device).T
         # Image or not, the last token of the prompt has to stay.
-        ranking = scores.masked_fill(view.state["last"], torch.inf).masked_fill(~eligible, -torch.inf)
-        order = ranking.argsort(dim=1, descending=True, stable=True)
-        ranks = torch.arange(order.shape[1], device=order.device)
-        chosen = torch.zeros_like(eligible).scatter(1, order, ranks < kept[:, None]) & eligible
-        next_best = ranks[: max(count[1] for count in counts)]
+        order = ranked(scores.masked_fill(view.state["last"], torch.inf), eligible)
+        chosen = first_k_mask(order, eligible, kept)
+        next_best = torch.arange(max(count[1] for count in counts), device=order.device)
         members = order.gather(1, (kept[:, None] + next_best).clamp_max(order.shape[1] - 1))
         members = members.masked_fill(next_best >= pool[:, None], -1)
         return Selection(scores, chosen, members, clusters, max(count[2] for count in counts))
@@ -184,8 +182,7 @@ class SparseVLM(Options):
         if any(plan.layers for plan in plans):
             image, image_valid = true_indices(visual, max(fact[0] for fact in facts))
             words, words_valid = true_indices(after, max(fact[1] for fact in facts))
-            row = torch.arange(len(plans), device=slots.device)[:, None]
-            seen, said = view.hidden[row, image], view.hidden[row, words]
+            seen, said = gather_tokens(view.hidden, image), gather_tokens(view.hidden, words)
             relevance = raters.text_relevance(seen, said, image_valid, words_valid)
             inclusive = self.choices.rater_threshold == "greater_equal"
             found, _ = raters.rater_mask(relevance, words_valid, inclusive, shared=self.faithful)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops.fopru import best_tokens
-from ..ops.prumerge import listed, marked
+from ..ops.select import gather_tokens, index_mask, padded_indices, put, top_k_mask
 from ..ops.visionzip import contextual_groups, merge_into_targets, split_counts
 from ..reduction import (
     BEFORE_LAYERS,
@@ -107,13 +106,13 @@ class VisionZip(Reducer):
         x, project = states(blocks, self._layer)
         if self.faithful:
             return self._official(blocks, scores, metric, x, dominant, contextual)
-        kept = best_tokens(scores, blocks.valid, dominant)
+        kept = top_k_mask(scores, blocks.valid, dominant)
         rest = blocks.valid & ~kept
         targets, assigned = contextual_groups(metric, rest, contextual, int(contextual.max()))
         values = merge_into_targets(x, targets, assigned)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         place = targets.gather(1, assigned.clamp_min(0)) if targets.shape[1] else assigned
-        is_target = marked(targets, kept.shape[1])
+        is_target = index_mask(targets, kept.shape[1])
         owner = torch.where(assigned >= 0, place, torch.where(kept | is_target, own, -1))
         merged = torch.where((assigned >= 0).any(1, keepdim=True), targets, -1)
         return decide_in_place(blocks, kept | is_target, merged, project(values), owner, scores)
@@ -133,19 +132,19 @@ class VisionZip(Reducer):
             raise BudgetError(f"keep={self.keep}: too few for the official CLS token, a patch and contextual tokens")
         if fewest < 1 or left < 0:
             raise UnsupportedError("VisionZip's official code needs contextual tokens, and patches for them")
-        kept = best_tokens(scores, valid, dominant - 1)
+        kept = top_k_mask(scores, valid, dominant - 1)
         targets, assigned = contextual_groups(metric, valid & ~kept, contextual, int(contextual.max()))
         merged = merge_into_targets(x, targets, assigned, target_weighs=False)
-        chosen = listed(kept, int(kept.sum(1).max()))
-        features = x.gather(1, chosen.clamp_min(0)[..., None].expand(-1, -1, x.shape[2]))
+        chosen = padded_indices(kept, int(kept.sum(1).max()))
+        features = gather_tokens(x, chosen)
         values = torch.cat([read.cls_features[:, None].to(merged.dtype), features.to(merged.dtype), merged], 1)
         key, n = self._order(blocks, chosen, targets), chosen.shape[1]
-        column = torch.full((len(kept), kept.shape[1] + 1), -1, device=kept.device)
+        column = torch.full_like(assigned, -1)
         for part, first in ((chosen, 1), (targets, 1 + n)):
             number = torch.arange(first, first + part.shape[1], device=kept.device).expand_as(part)
-            column = column.scatter(1, torch.where(part < 0, kept.shape[1], part), number)
-        owner = torch.where(assigned >= 0, assigned + 1 + n, column[:, :-1])
-        homes = kept | (valid & (column[:, :-1] > n))
+            column = put(column, part, number)
+        owner = torch.where(assigned >= 0, assigned + 1 + n, column)
+        homes = kept | (valid & (column > n))
         return decide_reordered(blocks, homes, view.project(values.to(x.dtype)), key, owner, scores)
 
     def _order(self, blocks: Blocks, chosen: Tensor, targets: Tensor) -> Tensor:

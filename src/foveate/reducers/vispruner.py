@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..ops.fopru import best_tokens
-from ..ops.prumerge import listed, ranked
+from ..ops.select import padded_indices, ranked, top_k_mask
 from ..ops.vispruner import remove_duplicates
 from ..reduction import (
     BEFORE_LAYERS,
@@ -86,13 +85,13 @@ class VisPruner(Reducer):
         features = blocks.patches[self._layer].features
         assert features is not None
         by_attention = look_up(shares, valid.shape[1], truncated, self.important_ratio)
-        important = best_tokens(scores, valid, by_attention)
+        important = top_k_mask(scores, valid, by_attention)
         rest = valid & ~important
         counts, tokens, size = rest.sum(1), valid.shape[1], valid.sum(1)
         if self.faithful:
             order = ranked(scores, rest)
         else:
-            order = listed(rest, tokens).clamp_min(0)
+            order = padded_indices(rest, tokens).clamp_min(0)
         per_round = 8 if self.faithful else ((size + 71) // 72).clamp_min(8)
         try:
             diverse = remove_duplicates(features, order, counts, shares - by_attention, per_round, not self.faithful)

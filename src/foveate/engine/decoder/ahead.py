@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.attention import attention_rows
-from ...ops.select import true_indices
+from ...ops.select import gather_tokens, true_indices
 from ...reduction import Tap
 from ..families.parts import Anatomy
 
@@ -27,7 +27,7 @@ def read_ahead(anatomy: Anatomy, layer: int, hidden: Tensor, active: Tensor, pos
         positions: (B, S) for RoPE, None: the slots.
     """
     index, valid = true_indices(active, int(active.sum(1).max()))
-    states = hidden[torch.arange(len(index), device=index.device)[:, None], index]
+    states = gather_tokens(hidden, index)
     at = index if positions is None else positions.gather(1, index)
     with torch.no_grad():
         weights = next_layer_row(anatomy, layer, states, at, index, valid)

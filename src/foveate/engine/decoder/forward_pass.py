@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from ...ops.select import put_tokens
 from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, TapSpec, UnsupportedError, View
 from ..compat import check_arguments, given_cache
 from ..families.layers import positional_names, rotates
@@ -369,13 +370,7 @@ class ForwardPass:
         slots, values = decision.slots, decision.values
         if slots is None or values is None or values.shape[:2] != slots.shape:
             raise ValueError("Decision(slots=(B, m), values=(B, m, D)): both are needed, with the same B and m")
-        # Padding (-1) rewrites the last slot of the prompt with what is there; no method merges into it.
-        last = self.prompt - 1
-        padding = (slots < 0)[..., None]
-        here = hidden.device
-        values = torch.where(padding.to(here), hidden[:, last : last + 1], values.to(hidden))
-        index = torch.where(slots < 0, last, slots)[..., None].expand(values.shape).to(here)
-        return hidden.scatter(1, index, values)
+        return put_tokens(hidden, slots, values, self.prompt - 1)  # no method merges into the last slot
 
     def _remove(self, keep: Tensor, positions: Positions) -> None:
         keep = _widen(keep, self.length, True) & self._active()

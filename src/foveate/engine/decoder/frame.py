@@ -41,8 +41,7 @@ class ActiveSet:
         index, valid = true_indices(keep, longest)
         if shortest == longest:
             return cls(keep, index, None, None)
-        real = valid.reshape(-1).to(torch.int8).argsort(descending=True, stable=True)[:total]
-        return cls(keep, index, valid, real)
+        return cls(keep, index, valid, true_indices(valid.view(1, -1), total)[0][0])
 
     @property
     def size(self) -> int:

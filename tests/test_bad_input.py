@@ -60,7 +60,7 @@ def test_every_method_refuses_a_bad_budget(name: str, keep: Any):
     with pytest.raises(BudgetError, match="keep="):
         foveate.build(name, keep=keep)
     with pytest.raises(ValueError, match="keep="):
-        foveate.reduction._find(name)[0](keep=keep)
+        foveate.reduction.type_of(name)(keep=keep)
 
 
 @pytest.mark.parametrize("keep", GOOD, ids=repr)

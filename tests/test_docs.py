@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.reduction import _METHODS
+from foveate.reduction.registry import _METHODS
 from tests.families import build, inputs
 
 ROOT = Path(__file__).parents[1]

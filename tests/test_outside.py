@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import foveate
-from foveate import OptionError, recipe, reduction
+from foveate import OptionError, recipe
 from foveate.evaluate.answer import load
 from foveate.evaluate.grid import FULL
 from foveate.evaluate.store import Folder, Plan, SweepError
 from foveate.evaluate.sweep import fingerprint, questions, sweep
 from foveate.measure import report
 from foveate.recipe import Recipe
-from foveate.reduction import info, options
+from foveate.reduction import info, options, registry
 
 METHOD = '''
 """A method."""
@@ -52,8 +52,8 @@ REGISTERS = '@foveate.register("{name}", foveate.MethodInfo(paper="Ours", acts="
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     """Each test meets a process that has seen no foreign method."""
-    monkeypatch.setattr(reduction, "_METHODS", dict(reduction._METHODS))
-    monkeypatch.setattr(reduction, "_complained", set())
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_complained", set())
     modules = set(sys.modules)
     yield
     for name in sys.modules.keys() - modules:
@@ -75,7 +75,7 @@ def site(tmp_path, monkeypatch):
             about.mkdir()
             (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
             (about / "entry_points.txt").write_text(entry_points)
-            reduction._installed.cache_clear()
+            registry._installed.cache_clear()
         return tmp_path
 
     return install

@@ -226,7 +226,7 @@ def test_every_method_is_registered_and_public():
     files = {path.stem for path in (ROOT / "reducers").glob("*.py") if not path.stem.startswith("_")}
     registered = {}
     for name in foveate.names():
-        cls = foveate.reduction._find(name)[0]
+        cls = foveate.reduction.type_of(name)
         registered.setdefault(cls.__module__.rpartition(".")[2], []).append(name)
         assert getattr(foveate, cls.__name__) is cls, f"{cls.__name__} is no public name"
         assert cls.__name__ in foveate.__all__

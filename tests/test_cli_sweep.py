@@ -105,6 +105,8 @@ def test_again_it_only_reads(done, tmp_path):
         (["--metric", "choice", "--samples", "2"], "'choices'"),
         (["--samples", "0"], "--samples"),
         (["--grid", "none.yaml"], "none.yaml"),
+        (["--contestants", "none.yaml"], "none.yaml"),  # the old name of --grid
+        (["--grid", "a.yaml", "--contestants", "b.yaml"], "the old name of --grid"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path):

@@ -60,13 +60,11 @@ def test_a_hostile_recipe_is_one_short_line(name, tmp_path):
 @pytest.mark.parametrize(
     "name", [name for name, (_, said) in HOSTILE.items() if said in ("alias", "too deeply", "not YAML")]
 )
-def test_so_is_a_hostile_list_of_contestants_and_a_hostile_option_of_the_page(name, tmp_path):
+def test_so_is_a_hostile_grid_and_a_hostile_option_of_the_page(name, tmp_path):
     text, said = HOSTILE[name]
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    result = CliRunner().invoke(
-        app, ["sweep", "zoo:tiny-llava", "--contestants", str(path), "--out", str(tmp_path / "o")]
-    )
+    result = CliRunner().invoke(app, ["sweep", "zoo:tiny-llava", "--grid", str(path), "--out", str(tmp_path / "o")])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert said in result.stderr
     with pytest.raises(foveate.OptionError, match=r"cannot be read|name=value|too long"):

@@ -49,7 +49,7 @@ class Seen:
     """What the frozen tower makes of N training images, and what is said about them.
 
     Attributes:
-        patches: float16 (N, 2, 196, 128), behind the last norm, one for each of `LAYERS`.
+        patches: float16 (N, 2, 196, 128), after the last norm, one for each of `LAYERS`.
         cls: float32 (N, 128), the pooled CLS state.
         owner: int64 (N, 196), 1 + the object's index, 0 for background.
         questions, phrases: texts per image; those that are about nothing in it are left out.

@@ -67,7 +67,7 @@ def tokenizer() -> Any:
 
 def embed_texts(model: CLIPModel, ids: Tensor, last: bool = False) -> Tensor:
     """Unit vectors (N, 64) of filled-up texts (N, T), pooled at their end, or at their last place, filler or not."""
-    if not last:  # nothing behind the end of the longest text is seen
+    if not last:  # nothing after the end of the longest text is seen
         ids = ids[:, : int((ids != END).sum(1).max()) + 1]
     out = model.text_model(input_ids=ids)
     return F.normalize(model.text_projection(out.last_hidden_state[:, -1] if last else out.pooler_output), dim=-1)

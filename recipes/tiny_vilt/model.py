@@ -25,7 +25,7 @@ __all__ = ["ANSWERS", "LOWER", "build", "encode", "name_words", "parts", "proces
 
 WIDTH, LAYERS, HEADS = 128, 12, 4
 LOWER = 5
-"""Layers that come from the vision tower; its language model read the state behind them."""
+"""Layers that come from the vision tower; its language model read the state after them."""
 LONGEST = 24
 """Places for text; the longest question has 14 words."""
 
@@ -166,7 +166,7 @@ def name_words(model: Any, states: Tensor, drawn: list[Example]) -> None:
     """Start the embeddings of shapes, colours and digits as what patches that show them have in common.
 
     Args:
-        states: patch states behind the lower layers (B, 196, D), of the pictures `drawn`.
+        states: patch states after the lower layers (B, 196, D), of the pictures `drawn`.
     """
     table = model.vilt.embeddings.text_embeddings
     table.word_embeddings.weight.normal_(0, 1.0)

@@ -171,7 +171,7 @@ def _scene(rng: np.random.Generator, objects: tuple[int, int], easy_share: float
 
 
 def see(place: Place, steps: int, batch: int = 8) -> None:
-    """The lower layers learn again what every patch shows, without the norm they were trained behind."""
+    """The lower layers learn again what every patch shows, without the norm that came before them in training."""
     place.connect("see")
     model, heads = build(place.seed).train(), PatchHeads()
     rng = place.rng("see-start", 0)
@@ -188,7 +188,7 @@ def see(place: Place, steps: int, batch: int = 8) -> None:
 
 
 def _seeing(place: Place) -> tuple[Any, PatchHeads]:
-    """The model behind stage "see", its words named after what it sees."""
+    """The model after stage "see", its words named after what it sees."""
     model, heads = build(place.seed).train(), PatchHeads()
     load_stage(place.folder, "see", {"lower": parts(model)["lower"], "heads": heads})
     drawn = [examples.rendered(np.random.default_rng([place.seed, number]), 0) for number in range(128)]

@@ -65,7 +65,7 @@ def parse_yaml(text: str) -> Any:
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file; a reader sees the old content or the new one. Missing folders are made.
 
-    A symbolic link stays, and the file behind it is written. An existing file keeps its mode and owner, a new one
+    A symbolic link stays, and the file it points to is written. An existing file keeps its mode and owner, a new one
     minds the umask. Devices, named pipes and `/dev/stdout` are written to, never replaced. Only a file that cannot be
     replaced by one like it (a mount of its own, a folder that takes no new file) is written in place.
 

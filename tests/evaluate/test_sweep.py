@@ -60,15 +60,15 @@ def test_what_is_in_the_folder(finished):
     names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {"sweep.json", "samples.jsonl", "answers.jsonl", "result.json"}
     written = json.loads((finished / "sweep.json").read_text())
-    assert written["version"] == 1
-    assert [each["id"] for each in written["contestants"]] == [
+    assert written["version"] == 2
+    assert [each["id"] for each in written["recipes"]] == [
         "full", "random@0.2#0", "random@0.2#1", "visionzip@0.2", "sparsevlm@0.2",
     ]  # fmt: skip
     answers = [json.loads(line) for line in lines(finished)]
-    assert [(row["contestant"], row["sample"]) for row in answers] == [
-        (each["id"], i) for each in written["contestants"] for i in range(20)
+    assert [(row["recipe"], row["sample"]) for row in answers] == [
+        (each["id"], i) for each in written["recipes"] for i in range(20)
     ]
-    columns = "contestant sample predicted score same kl visual_tokens entering after flops flops_total kv_bytes error"
+    columns = "recipe sample predicted score same kl visual_tokens entering after flops flops_total kv_bytes error"
     assert " ".join(answers[0]) == columns
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in samples] == list(range(20))
@@ -80,8 +80,8 @@ def test_rows_are_the_means_of_the_answers(finished):
     answers = [json.loads(line) for line in lines(finished)]
     assert [row["id"] for row in result["rows"]] == ["full", "random@0.2", "visionzip@0.2", "sparsevlm@0.2"]
     for row in result["rows"]:
-        mine = [each for each in answers if each["contestant"].split("#")[0] == row["id"]]
-        full = [each for each in answers if each["contestant"] == "full"]
+        mine = [each for each in answers if each["recipe"].split("#")[0] == row["id"]]
+        full = [each for each in answers if each["recipe"] == "full"]
         assert len(mine) == 20 * max(1, len(row["seeds"]))
         assert row["accuracy"] == pytest.approx(np.mean([each["score"] for each in mine]))
         assert row["agreement"] == pytest.approx(np.mean([each["same"] for each in mine]))
@@ -122,7 +122,7 @@ def test_killed_twice_and_gone_on_with(vlm, asked, finished, tmp_path, monkeypat
     _killed(tmp_path, vlm, asked, 7)
     first = len(lines(tmp_path))
     with open(tmp_path / "answers.jsonl", "ab") as file:  # as if the kill had come in the middle of a line
-        file.write(b'{"contestant": "random@0.2#0", "sam')
+        file.write(b'{"recipe": "random@0.2#0", "sam')
     _killed(tmp_path, vlm, asked, first + 25)
     second = len(lines(tmp_path))
     assert first < second < 100
@@ -137,7 +137,7 @@ def test_killed_twice_and_gone_on_with(vlm, asked, finished, tmp_path, monkeypat
     monkeypatch.setattr(Runner, "ask", counted)
     run(tmp_path, vlm, asked)
     assert len(answered) == 100 - second  # nothing finished was asked again: kills came between batches
-    keys = [(row["contestant"], row["sample"]) for row in map(json.loads, lines(tmp_path))]
+    keys = [(row["recipe"], row["sample"]) for row in map(json.loads, lines(tmp_path))]
     assert len(keys) == len(set(keys)) == 100
     for name in ("result.json", "answers.jsonl", "samples.jsonl"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
@@ -178,6 +178,21 @@ def test_a_finished_sweep_can_be_given_more_recipes(vlm, asked, finished, tmp_pa
     run(tmp_path, vlm, asked, RECIPES[1:2])
     result = run(tmp_path, vlm, asked)
     assert json.loads(json.dumps(result)) == json.loads((finished / "result.json").read_text())
+
+
+def test_a_folder_of_an_older_version_is_gone_on_with(vlm, asked, finished, tmp_path, monkeypatch):
+    """Version 1 wrote "contestants" in the plan and "contestant" in each answer."""
+    plan = json.loads((finished / "sweep.json").read_text())
+    plan |= {"version": 1, "contestants": plan.pop("recipes")}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    rows = [json.loads(line) for line in lines(finished)]
+    older = [{"contestant": row.pop("recipe"), **row} for row in rows]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in older))
+    (tmp_path / "samples.jsonl").write_bytes((finished / "samples.jsonl").read_bytes())
+    monkeypatch.setattr(Runner, "ask", None)  # nothing is asked again
+    run(tmp_path, vlm, asked)
+    for name in ("result.json", "answers.jsonl", "sweep.json"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The race: what it chooses, what it shares, and that it goes on where it was stopped."""
+"""The search: what it chooses, what it shares, and that it goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_cheapest_that_is_good_enough(vlm, rounds):
     assert result.chosen is not None
     assert result.chosen.recipe.id in ("random@0.5", "random@0.9", "vtw[layer=5]")
     assert result.chosen.estimate.changed_upper <= 0.3
-    finished = [s for s in result.trials if len(s.gaps) == 8 and s.state == "racing"]
+    finished = [s for s in result.trials if len(s.gaps) == 8 and s.state == "active"]
     assert all(s.cost >= result.chosen.cost for s in finished)
     assert result.evaluations < 5 * 8
     assert result.prefills < result.prefills_exhaustive

@@ -72,7 +72,7 @@ def make(folder, methods, keeps=(0.5, 0.2), samples=40, seeds=(0, 1), finished=T
         "metric": "exact",
         "max_new_tokens": 8,
         "batch_size": 16,
-        "contestants": [each.to_json() for each in (FULL, *recipes)],
+        "recipes": [each.to_json() for each in (FULL, *recipes)],
         "refused": [{"id": "pumer", "reason": "works inside <ViLT>, METER & BridgeTower"}],
         "machine": {"cpu": "a CPU", "threads": 1, "torch": "2", "transformers": "5", "python": "3"},
         "command": "foveate sweep zoo:tiny-llava --data scenes",
@@ -89,7 +89,7 @@ def make(folder, methods, keeps=(0.5, 0.2), samples=40, seeds=(0, 1), finished=T
     if not finished:
         write_lines(folder / "answers.jsonl", [record.to_json() for record in records[: len(records) // 2]])
         with (folder / "answers.jsonl").open("a") as file:
-            file.write('{"contestant": "rand')
+            file.write('{"recipe": "rand')
         return []
     write_lines(folder / "answers.jsonl", [record.to_json() for record in records])
     times = {}

@@ -67,7 +67,7 @@ def written(tmp_path_factory):
     # One answer is hostile, too, and makes a change worth showing.
     records = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     for record in records:
-        if record["contestant"] == "fastv@0.2" and record["sample"] == 0:
+        if record["recipe"] == "fastv@0.2" and record["sample"] == 0:
             record.update(predicted=HOSTILE, score=0.0, same=False)
         elif record["sample"] == 0:
             record.update(score=1.0)

@@ -47,12 +47,10 @@ def sweep(
     grid: Annotated[
         Path | None,
         typer.Option(
-            "--grid",
-            "--contestants",
-            metavar="FILE",
-            help="YAML list of {method, options, keep}, besides or instead of --methods.",
+            "--grid", metavar="FILE", help="YAML list of {method, options, keep}, besides or instead of --methods."
         ),
     ] = None,
+    contestants: Annotated[Path | None, typer.Option(hidden=True, help="Old name of --grid.")] = None,
     metric: Annotated[
         str, typer.Option(help="auto, exact, vqa, anls, relaxed, yes-no or choice; auto: by the columns of the data.")
     ] = "auto",
@@ -95,7 +93,9 @@ def sweep(
             raise CommandError(f"{folder}: a file; give a folder")
         writable(folder / "x" if folder is not None else None)
     budgets, drawn = _budgets(keep), _numbers("seeds", seeds)
-    listed, named = listed_recipes(methods, option or (), grid, model)
+    if grid and contestants:
+        raise CommandError(f"contestants {contestants}: the old name of --grid; give one of them")
+    listed, named = listed_recipes(methods, option or (), grid or contestants, model)
     everyone = expand(listed, budgets, drawn)
     names = [name.strip() for name in data.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):

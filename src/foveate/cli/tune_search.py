@@ -16,7 +16,7 @@ from .shell import CommandError, plain, progress, say, table
 __all__ = ["Request", "run"]
 
 _SHOWN = 25
-_STATES = {"passed": "<- chosen", "racing": "costs more, not judged"}
+_STATES = {"passed": "<- chosen", "active": "costs more, not judged"}
 
 
 @dataclass

@@ -30,7 +30,7 @@ def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -
 
     Returns:
         The session; a context manager. `session.trace` describes the last prefill of the calling thread and answers
-        `visual_tokens`, `mean_visual_tokens` and `kept(stage)` for every kind of model: a decoder behind a vision
+        `visual_tokens`, `mean_visual_tokens` and `kept(stage)` for every kind of model: a decoder after a vision
         tower, an encoder in which image and text meet (PuMer), or a vision encoder on its own (ToMe, PiToMe and
         Downsample in ViT, CLIP, SigLIP).
 

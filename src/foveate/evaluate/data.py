@@ -89,7 +89,7 @@ def load(name_or_path: str | Path, count: int | None = None, seed: int = 0) -> l
             have `image` (a path relative to the file; in Parquet also the bytes), `question` and `answer`. Optional:
             `kind`, `image_id`; `answers`, a list of what several people said (then `answer` may be left out);
             `choices`, a list of options of which `answer` is one (text, letter, or number from 0 on). Options that the
-            question does not spell out are put behind it.
+            question does not spell out are appended to it.
         count: how many samples, drawn at random; None for all of them (1000 scene questions).
         seed: of the draw.
 

@@ -30,7 +30,7 @@ class Record:
     """One recipe's answer to one sample; everything in it concerns that sample alone.
 
     Attributes:
-        recipe: its id; "contestant" in the file.
+        recipe: its id.
         sample: its number.
         predicted: the answer.
         score: by the metric of its data set, in [0, 1].
@@ -56,14 +56,12 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """As it is written in `answers.jsonl`."""
-        row = asdict(self)
-        return {"contestant": row.pop("recipe"), **row}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Record:
-        """What `to_json` wrote. Raises `TypeError` for anything else."""
-        others = dict(row)
-        return cls(others.pop("contestant", None), **others)
+        """What `to_json` wrote; older versions said "contestant". Raises `TypeError` for anything else."""
+        return cls(**{"recipe" if name == "contestant" else name: value for name, value in dict(row).items()})
 
 
 class _Nothing(Reducer):

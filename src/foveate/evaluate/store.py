@@ -27,7 +27,7 @@ from .runner import Record
 
 __all__ = ["Folder", "Plan", "SweepError"]
 
-VERSION = 1
+VERSION = 2
 _FIXED = ("model", "weights", "dtype", "data", "samples", "seed", "metric", "max_new_tokens", "batch_size")
 """What may not change between a sweep and its continuation."""
 
@@ -69,14 +69,13 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """As it is written in `sweep.json`."""
-        fields = {name: value for name, value in asdict(self).items() if name != "recipes"}
-        return {"version": VERSION, **fields, "contestants": [each.to_json() for each in self.recipes]}
+        return {"version": VERSION, **asdict(self), "recipes": [each.to_json() for each in self.recipes]}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Plan:
-        """What `to_json` wrote."""
-        fields = {name: value for name, value in row.items() if name not in ("version", "contestants")}
-        return cls(**fields, recipes=[Recipe.from_json(each) for each in row["contestants"]])
+        """What `to_json` wrote; version 1 said "contestants"."""
+        fields = {"recipes" if name == "contestants" else name: row[name] for name in row if name != "version"}
+        return cls(**{**fields, "recipes": [Recipe.from_json(each) for each in fields["recipes"]]})
 
     def difference(self, earlier: Plan) -> str | None:
         """Why the answers of `earlier` cannot be gone on with, None if they can: recipes may only be added."""

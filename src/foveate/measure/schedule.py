@@ -39,7 +39,7 @@ _TOWER_LAYERS = 24
 class Schedule(NamedTuple):
     """Visual tokens, merged ones included, in each decoder layer.
 
-    Two averages are in use: `mean_entering` is over what each layer computes; `mean_after`, over what is left behind
+    Two averages are in use: `mean_entering` is over what each layer computes; `mean_after`, over what is left after
     it, is what SparseVLM's tables call the number of retained tokens.
     """
 

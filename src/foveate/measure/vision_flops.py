@@ -230,12 +230,12 @@ def _split(anatomy: Anatomy) -> tuple[list[tuple[str, nn.Module]], list[tuple[st
     assert anatomy.vision is not None
     inside = {id(part) for module in anatomy.vision_attention() for part in anatomy.parent(module).modules()}
     before: list[tuple[str, nn.Module]] = []
-    behind: list[tuple[str, nn.Module]] = []
+    after: list[tuple[str, nn.Module]] = []
     for name, part in anatomy.vision.named_modules():
         if any(part.children()) or id(part) in inside:
             continue
-        (before if any(word in name for word in _PATCH_EMBEDDING) else behind).append((name, part))
-    return before, behind
+        (before if any(word in name for word in _PATCH_EMBEDDING) else after).append((name, part))
+    return before, after
 
 
 def _layers(anatomy: Anatomy, seen: _Images, calls: list[TowerCall]) -> int:

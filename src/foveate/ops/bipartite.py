@@ -145,7 +145,7 @@ def soft_matching(
 
 
 def _distill_second(merging: Merging, alone: int) -> Merging:
-    """Move the place of the first odd token behind that of the first even one."""
+    """Move the place of the first odd token after that of the first even one."""
     places = torch.arange(merging.length, device=merging.index.device)
     new = torch.where(places == alone, 1, torch.where((places >= 1) & (places < alone), places + 1, places))
     return Merging(new[merging.index], merging.kept[:, new.argsort()])

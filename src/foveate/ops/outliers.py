@@ -40,7 +40,7 @@ def upper_outliers(scores: Tensor, valid: Tensor) -> Tensor:
 def local_outlier_factor(values: Tensor, neighbours: int, valid: Tensor | None = None, double: bool = False) -> Tensor:
     """Local outlier factor of numbers on a line: how much sparser a place is than the places of its neighbours.
 
-    On a line the k nearest are among the k before and the k behind, so no N x N distances are needed. As in
+    On a line the k nearest are among the k before and the k after, so no N x N distances are needed. As in
     scikit-learn, k is at most the number of the others, and a mean distance is increased by 1e-10.
 
     Source: Breunig et al., "LOF: Identifying Density-Based Local Outliers", SIGMOD 2000.

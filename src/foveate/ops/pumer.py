@@ -143,7 +143,7 @@ def pair_places(
     if protect_first:
         likeness[:, 0] = -torch.inf
     best, partner = likeness.max(2)
-    # Unused tokens rank last, behind the protected one.
+    # Unused tokens rank last, after the protected one.
     best = best.masked_fill(~used[:, ::2], -torch.inf)
     rank = inverse(best.argsort(dim=1, descending=True, stable=True))
     source = rank < r[:, None]

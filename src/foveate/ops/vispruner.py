@@ -35,7 +35,7 @@ def remove_duplicates(
 
     Args:
         features: (I, N, C); compared in float32 (float64 if they are).
-        order: (I, M) long, the list, left-aligned; what is behind its end takes no part.
+        order: (I, M) long, the list, left-aligned; what comes after its end takes no part.
         counts: (I,) its length in each sample.
         wanted: (I,) at most `counts`.
         per_round: tokens that go in a round, or how many in each sample (I,).

@@ -18,7 +18,7 @@ __all__ = ["Collator", "Held"]
 
 
 class Held:
-    """Evaluation rows of several data sets behind each other: position -> (position, row)."""
+    """Evaluation rows of several data sets, one after the other: position -> (position, row)."""
 
     def __init__(self, sources: Sequence[Finite]) -> None:
         self.sources = list(sources)

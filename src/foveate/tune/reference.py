@@ -64,11 +64,11 @@ class Reference:
         model: any Hugging Face vision-language model that generates.
         inputs: what to call it with, as a processor returns it, on the model's device; padded on the left if at all.
         max_new_tokens: longest answer.
-        prefix: decoder layers whose output is remembered for the methods that act behind them; each holds B x S x D
+        prefix: decoder layers whose output is remembered for the methods that act after them; each holds B x S x D
             numbers, and keys and values, while this object lives.
 
     Attributes:
-        tokens: (B, T) long, the greedy answers; -1 behind the end of one.
+        tokens: (B, T) long, the greedy answers; -1 after the end of one.
         margins: (B,) float32, `Outcome.gaps` of the full model itself: at least 0.
         bill: of the full model's prefill.
 

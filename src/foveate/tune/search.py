@@ -1,11 +1,11 @@
-"""The cheapest method, layer and budget that stays close to the full model: a race by successive halving.
+"""The cheapest method, layer and budget that stays close to the full model, by successive halving.
 
-Questions come in rounds, each as many as all before it together. In a round every candidate still in the race is led
-along the full model's answers (`reference`); out are those that already changed more answers than the bound allows by
-bad luck, and, within a family, every smaller budget with them. After a round the better half goes on: of those that
-look good enough the cheapest. Whoever got through all rounds is judged by its upper confidence bound (`estimate`), the
-cheapest first. If none passes, the race goes on among those set aside, cheapest first: nothing is given up
-unseen but what was refuted.
+Questions come in rounds, each as many as all before it together. In a round every active candidate is led along the
+full model's answers (`reference`); those that already changed more answers than the bound allows by bad luck are
+refuted, and with them every smaller budget of their family. After a round half of the candidates are eliminated: the
+cheapest of those that look good enough stay. What is left after all rounds is judged by its upper confidence bound
+(`estimate`), the cheapest first. If none passes, the eliminated ones become active again, the cheapest half first:
+only what was refuted is given up for good.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Batch", "SearchResult", "Trial", "round_sizes", "search"]
 Batch = tuple[Sequence[int], Mapping[str, Any]]
 """Numbers of the samples, and what to call the model with."""
 
-RACING, SET_ASIDE, REFUTED, REFUSED, PASSED = "racing", "left behind", "refuted", "refused", "passed"
+ACTIVE, ELIMINATED, REFUTED, REFUSED, PASSED = "active", "eliminated", "refuted", "refused", "passed"
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Trial:
     """How a candidate did.
 
     Attributes:
-        state: "racing", "left behind" (others looked better), "refuted" (too many answers changed), "refused" (cannot
+        state: "active", "eliminated" (others looked better), "refuted" (too many answers changed), "refused" (cannot
             work in this model; `reason` says why), "passed".
         gaps, kl: of the samples seen, as in `Outcome`, with `margins` of the full model on the same.
         flops, flops_full: of these prefills, and of the full model's.
@@ -49,7 +49,7 @@ class Trial:
 
     recipe: Recipe
     family: str
-    state: str = RACING
+    state: str = ACTIVE
     reason: str = ""
     rounds: int = 0
     margins: list[float] = field(default_factory=list)
@@ -132,10 +132,10 @@ def search(
         progress: called with rounds of candidates done and to do; the latter falls as candidates drop out.
     """
     kept = Journal(None) if journal is None else journal
-    return _Race(model, rounds, families, bounds, max_new_tokens, kept, progress).run()
+    return _Search(model, rounds, families, bounds, max_new_tokens, kept, progress).run()
 
 
-class _Race:
+class _Search:
     def __init__(
         self,
         model: nn.Module,
@@ -155,7 +155,7 @@ class _Race:
         self.full: dict[tuple[int, ...], Measurement] = {}
 
     def run(self) -> SearchResult:
-        """The race, then one more for each lot of those left behind, until one passes."""
+        """Halve until one passes, each time with the cheaper half of what was eliminated before."""
         started = list(self.trials)
         while True:
             for turn in range(len(self.rounds)):
@@ -163,50 +163,50 @@ class _Race:
                 if turn < len(self.rounds) - 1:
                     self._halve(started)
             chosen = self._judge(started)
-            aside = [trial for trial in self.trials if trial.state == SET_ASIDE]
-            if chosen is not None or not aside:
+            eliminated = [trial for trial in self.trials if trial.state == ELIMINATED]
+            if chosen is not None or not eliminated:
                 return self._result(chosen)
-            started = sorted(aside, key=lambda trial: trial.cost)[: math.ceil(len(aside) / 2)]
+            started = sorted(eliminated, key=lambda trial: trial.cost)[: math.ceil(len(eliminated) / 2)]
             for trial in started:
-                trial.state = RACING
+                trial.state = ACTIVE
 
     # ------------------------------------------------------------------------------------------------- measuring
-    def _advance(self, runners: Sequence[Trial], turn: int) -> None:
-        """Measure the runners that have not seen this round yet on its batches."""
-        waiting = [trial for trial in runners if trial.state == RACING and trial.rounds == turn]
+    def _advance(self, trials: Sequence[Trial], turn: int) -> None:
+        """Measure the candidates that have not seen this round yet on its batches."""
+        waiting = [trial for trial in trials if trial.state == ACTIVE and trial.rounds == turn]
         ids = {id(trial) for trial in waiting}
         done = 0
         for samples, inputs in self.rounds[turn]:
             batch = _Batch(self, tuple(samples), inputs, self._prefix)
             for family in self.families.values():
                 for trial in reversed(family):  # from the largest budget: what fails there need not be seen below
-                    if id(trial) in ids and trial.state == RACING:
+                    if id(trial) in ids and trial.state == ACTIVE:
                         batch.measure(trial)
                         if refuted(trial.margins, trial.gaps, trial.kl, self.bounds):
                             _refute(family, trial)
             done += len(samples)
             if self.progress is not None:
-                racing = sum(trial.state == RACING for trial in waiting)
-                self.progress(done * racing, sum(len(numbers) for numbers, _ in self.rounds[turn]) * racing)
+                active = sum(trial.state == ACTIVE for trial in waiting)
+                self.progress(done * active, sum(len(numbers) for numbers, _ in self.rounds[turn]) * active)
         for trial in waiting:
             trial.rounds += 1
 
-    def _halve(self, runners: Sequence[Trial]) -> None:
-        """Leave half of the racing ones behind: keep the cheapest that look good enough, then the nearest to it."""
-        racing = [trial for trial in runners if trial.state == RACING]
+    def _halve(self, trials: Sequence[Trial]) -> None:
+        """Eliminate half of the active ones: the cheapest that look good enough stay, then the nearest to it."""
+        active = [trial for trial in trials if trial.state == ACTIVE]
         order = []
-        for trial in racing:
+        for trial in active:
             trial.estimate = estimate(trial.margins, trial.gaps, trial.kl, self.bounds)
             excess = trial.estimate.excess
             order.append(((0, trial.cost, excess) if excess <= 1 else (1, excess, trial.cost), trial))
         order.sort(key=lambda pair: pair[0])
         for _, trial in order[math.ceil(len(order) / 2) :]:
-            trial.state = SET_ASIDE
+            trial.state = ELIMINATED
 
-    def _judge(self, runners: Sequence[Trial]) -> Trial | None:
+    def _judge(self, trials: Sequence[Trial]) -> Trial | None:
         """The cheapest whose upper bounds are good enough after all rounds; of equals the less divergent."""
-        racing = [trial for trial in runners if trial.state == RACING]
-        for trial in sorted(racing, key=lambda each: (each.cost, each.mean_kl)):
+        active = [trial for trial in trials if trial.state == ACTIVE]
+        for trial in sorted(active, key=lambda each: (each.cost, each.mean_kl)):
             trial.estimate = estimate(trial.margins, trial.gaps, trial.kl, self.bounds)
             if trial.estimate.upper_excess <= 1:
                 trial.state = PASSED
@@ -230,23 +230,23 @@ class _Race:
 
 
 class _Batch:
-    """One batch of a race; the full model is asked when something is missing in the journal."""
+    """One batch of a search; the full model is asked when something is missing in the journal."""
 
-    def __init__(self, race: _Race, samples: tuple[int, ...], inputs: Mapping[str, Any], prefix: int):
-        self.race, self.samples, self.inputs, self.prefix = race, samples, inputs, prefix
+    def __init__(self, search: _Search, samples: tuple[int, ...], inputs: Mapping[str, Any], prefix: int):
+        self.search, self.samples, self.inputs, self.prefix = search, samples, inputs, prefix
         self._reference: Reference | None = None
 
     def measure(self, trial: Trial) -> None:
         """Add the candidate's measurement on this batch to its trial."""
-        race, key = self.race, trial.recipe.id
-        found = race.journal.find(key, self.samples) or race.journal.add(self._run(trial.recipe))
-        race.seconds += found.seconds
+        search, key = self.search, trial.recipe.id
+        found = search.journal.find(key, self.samples) or search.journal.add(self._run(trial.recipe))
+        search.seconds += found.seconds
         if found.refused:
             trial.state, trial.reason = REFUSED, found.refused
             return
         full = self._full()
-        race.evaluations += len(self.samples)
-        race.spent += found.spent
+        search.evaluations += len(self.samples)
+        search.spent += found.spent
         trial.margins += full.gaps
         trial.gaps += found.gaps
         trial.kl += found.kl
@@ -262,7 +262,7 @@ class _Batch:
             outcome = reference.measure(recipe.build())
         except (OptionError, UnsupportedError) as error:
             return Measurement(recipe.id, list(self.samples), refused=" ".join(str(error).split()))
-        ours, full = bill(self.race.model, outcome.trace, self.inputs), reference.bill
+        ours, full = bill(self.search.model, outcome.trace, self.inputs), reference.bill
         shared = (0.0 if outcome.tower_ran else full.tower) + outcome.skipped / reference.anatomy.depth * full.layers
         return Measurement(
             recipe.id,
@@ -279,23 +279,23 @@ class _Batch:
     def reference(self) -> Reference:
         """The full model on this batch."""
         if self._reference is None:
-            self._reference = Reference(self.race.model, self.inputs, self.race.max_new_tokens, self.prefix)
+            self._reference = Reference(self.search.model, self.inputs, self.search.max_new_tokens, self.prefix)
         return self._reference
 
     def _full(self) -> Measurement:
-        race = self.race
-        if self.samples not in race.full:
-            found = race.journal.find(FULL_MODEL, self.samples)
+        search = self.search
+        if self.samples not in search.full:
+            found = search.journal.find(FULL_MODEL, self.samples)
             if found is None:
                 start, reference = time.perf_counter(), self.reference
                 total, samples = reference.bill.total, list(self.samples)
                 seconds = time.perf_counter() - start
                 found = Measurement(FULL_MODEL, samples, reference.margins.tolist(), [], total, 0.0, total, seconds)
-                race.journal.add(found)
-            race.full[self.samples] = found
-            race.spent += found.spent
-            race.seconds += found.seconds
-        return race.full[self.samples]
+                search.journal.add(found)
+            search.full[self.samples] = found
+            search.spent += found.spent
+            search.seconds += found.seconds
+        return search.full[self.samples]
 
 
 def _refute(family: Sequence[Trial], trial: Trial) -> None:
@@ -303,5 +303,5 @@ def _refute(family: Sequence[Trial], trial: Trial) -> None:
     trial.state = REFUTED
     trial.reason = f"{trial.changed} of {len(trial.gaps)} answers changed, mean KL {trial.mean_kl:.4f}"
     for smaller in family[: family.index(trial)]:
-        if smaller.state in (RACING, SET_ASIDE):
+        if smaller.state in (ACTIVE, ELIMINATED):
             smaller.state, smaller.reason = REFUTED, f"{trial.recipe.id} fails already"

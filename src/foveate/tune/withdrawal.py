@@ -167,7 +167,7 @@ def _first_token_logits(
     yield full
 
     def resume(*_: Any, **__: Any) -> Any:
-        # The vision tower and the scatter of its features are behind us; what they handed the decoder is known.
+        # The vision tower and the scatter of its features have run already; what they handed the decoder is known.
         output = copy.copy(result)
         output.last_hidden_state = decoder(*args, **kwargs).last_hidden_state
         return output

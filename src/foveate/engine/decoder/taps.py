@@ -156,7 +156,7 @@ def read_rows(
         chosen = chosen & reach.valid
     count = 1 if spec.queries == "last" else int(chosen.sum(1).max())
     rows, row_valid = true_indices(chosen, count)
-    # Padding points at slot 0: what fills up a short list may lie behind the prompt, where a method has nothing.
+    # Padding points at slot 0: what fills up a short list may lie beyond the prompt, where a method has nothing.
     slots = index.gather(1, rows).masked_fill(~row_valid, 0)
     allowed, bias = _visibility(mask, rows, slots + reach.past, reach, kwargs.get("sliding_window"))
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Methods inside vision encoders on their own: ViT, CLIP, SigLIP, with no language model behind them.
+"""Methods inside vision encoders on their own: ViT, CLIP, SigLIP, without a language model.
 
 The encoder is found, `tower.TowerReduction` shortens it, and what it returns keeps the usual length: each patch carries
 the feature of the token it went into. So classifiers, poolers and retrieval heads work unchanged.

@@ -104,7 +104,7 @@ class TowerReduction(Shared):
     Args:
         tower: a Hugging Face vision tower with layers like those of CLIP, SigLIP or ViT.
         spec: what to do.
-        last: the layer whose output is used, -2 in LLaVA: nothing merges behind it.
+        last: the layer whose output is used, -2 in LLaVA: nothing merges after it.
         expand: write features back to the full length; False leaves them short (for an encoder used on its own).
 
     Raises:

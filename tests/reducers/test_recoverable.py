@@ -16,10 +16,11 @@ from torch.nn.functional import normalize
 
 import foveate
 from foveate.engine.families.parts import resolve
+from foveate.engine.families.pixels import unfold_stream
 from foveate.ops.outliers import THRESHOLD, local_outlier_factor
 from foveate.ops.recoverable import apportion
 from foveate.reducers.recoverable import Recoverable
-from foveate.reducers.similarity import CompanionSimilarity, llm_similarity, questions, unfold_stream
+from foveate.reducers.similarity import CompanionSimilarity, llm_similarity, questions
 from foveate.reduction import View, bind
 from tests import families
 from tests.parity import _tower as synthetic

@@ -34,7 +34,7 @@ class Block:
         slots: (h * w,) long, on the CPU: sequence slots of the patches, row by row.
         grid: (h, w) patches.
         box: (x0, y0, x1, y1) of the image area shown, as fractions of the image; None if the area cannot be known. The
-            image is what the processor hands on: after a centre crop or padding (`view.seen.as_seen`).
+            image is what the processor hands on: after a centre crop or padding (`families.pixels.shown`).
     """
 
     kind: Literal["base", "tile", "thumbnail", "frame"]

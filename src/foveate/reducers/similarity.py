@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ..reduction import OptionError, Patches, UnsupportedError, View
+from ..reduction import OptionError, UnsupportedError, View
 from ._images import by_block
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ __all__ = ["CompanionSimilarity", "Question", "Scorer", "choose_scorer", "llm_si
 Scorer = Callable[[View], Tensor]
 Question = str | Sequence[str] | Callable[[View], Sequence[str]]
 
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_OWN_PIXELS = {"clip": _CLIP, "siglip": _HALF}
-"""Mean and deviation with which a companion's pixels are normalised."""
 _TURN_END = re.compile(r"\s*(?:<[^<>\s]+>\s*)*\b(?:ASSISTANT|assistant|model)\s*:?\s*$")
 
 
@@ -132,11 +128,12 @@ class CompanionSimilarity:
 
     def prepare(self, anatomy: Anatomy) -> None:
         """Load the companion, if it is not yet, beside the model."""
-        pair = self.companion if isinstance(self.companion, tuple) else self._load(anatomy.model.device)
-        self._model, self._words = pair
-        if not (hasattr(self._model, "text_model") and hasattr(self._model, "vision_model")):
-            raise OptionError(f"{self.kind}={type(self._model).__name__}: a CLIPModel or SiglipModel is needed")
-        self._vision, self._pixels = anatomy.vision_config, anatomy.pixel_normalisation
+        given = self.companion
+        model, words = given if isinstance(given, tuple) else self._load(anatomy.model.device)
+        try:
+            self._bound = anatomy.companion(model, words, self.official)
+        except UnsupportedError as error:
+            raise OptionError(f"{self.kind}={error}") from error
 
     def _load(self, device: torch.device) -> tuple[Any, Any]:
         """Model and tokenizer on a device; copies of this scorer share them."""
@@ -153,10 +150,9 @@ class CompanionSimilarity:
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
-        text = self._encode(questions(view, self.question, self.tokenizer, self.official), self._model.device)
+        text = self._bound.texts(questions(view, self.question, self.tokenizer, self.official)).to(view.active.device)
         patches = next(iter(view.vision.values()), None) or by_block(view)
-        seen = self._patches(self._pictures(view.info, patches).to(text.device)).to(view.active.device)
-        text = text.to(view.active.device)
+        seen = self._seen(view.info, patches.rows).to(view.active.device)
         copies = len(patches.rows) // len(seen)  # beams repeat a row, but its image was given once
         cosines = (seen.repeat(copies, 1, 1) @ text[patches.rows.clamp_min(0), :, None])[..., 0]
         side = math.isqrt(seen.shape[1])
@@ -170,86 +166,19 @@ class CompanionSimilarity:
         laid = laid / seen.shape[2] ** 0.5 if self.official else laid
         return patches.to_slots(laid, *view.active.shape)
 
-    def _encode(self, texts: list[str], device: torch.device) -> Tensor:
-        longest = self._model.config.text_config.max_position_embeddings
-        words = self._words(
-            texts, return_tensors="pt", truncation=True, max_length=longest,
-            padding="max_length" if self.official or self.kind == "siglip" else True,
-        )  # fmt: skip
-        accepted = {name: words[name].to(device) for name in ("input_ids", "attention_mask") if name in words}
-        if self.official:
-            states = self._model.text_model(input_ids=accepted["input_ids"]).last_hidden_state[:, -1]
-            return normalize(self._model.text_projection(states).float(), dim=-1)
-        if self.kind == "siglip":  # trained on padded texts without a mask
-            accepted.pop("attention_mask", None)
-        pooled = self._model.text_model(**accepted).pooler_output
-        projection = getattr(self._model, "text_projection", None)
-        return normalize((pooled if projection is None else projection(pooled)).float(), dim=-1)
-
-    def _patches(self, pictures: Tensor) -> Tensor:
-        """Unit vectors of the patches of pictures that are as the companion wants them: (I, n, C)."""
-        tower = self._model.vision_model
-        # CLIP's last hidden state is not normalised yet, SigLIP's is.
-        states = tower(pixel_values=pictures.to(next(tower.parameters()).dtype)).last_hidden_state
-        if self.kind == "clip":
-            states = states[:, 1:] if self.official else tower.post_layernorm(states[:, 1:])
-            states = self._model.visual_projection(states)
-        return normalize(states.float(), dim=-1)
-
-    def _pictures(self, info: dict[str, Any], patches: Patches) -> Tensor:
-        """What the companion sees of every block, (blocks, 3, H, W), resized and normalised for it."""
-        pixels = info.get("pixel_values")
+    def _seen(self, info: dict[str, Any], rows: Tensor) -> Tensor:
+        """The companion's patches of every picture, (I, n, C)."""
+        pixels, blocks = info.get("pixel_values"), len(rows)
         if pixels is None:
             raise UnsupportedError("a companion must see the image: give pixel_values, not image features")
-        blocks = len(patches.rows)
-        if isinstance(pixels, Tensor) and info.get("image_grid_thw") is not None:
-            pictures = unfold_stream(pixels, info["image_grid_thw"], self._vision)
-        elif isinstance(pixels, Tensor) and pixels.dim() in (4, 5):
-            pictures = list(pixels if pixels.dim() == 4 else _without_padding(pixels, patches))
-        else:
-            pictures = []
-        if not pictures or blocks % len(pictures):
+        seen = self._bound.patches(info, rows)
+        if seen is None or blocks % len(seen):
             shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
             raise UnsupportedError(
                 f"pixels of shape {shape} cannot be shown to a companion as {blocks} pictures; "
                 "use similarity='llm' or a function of the view"
             )
-        size = self._model.config.vision_config.image_size
-        return torch.cat([self._fit(picture.float()[None], size) for picture in pictures])
-
-    def _fit(self, picture: Tensor, size: int) -> Tensor:
-        theirs, ours = self._pixels, _OWN_PIXELS[self.kind]
-        if theirs != ours:
-            (mean, deviation), (to_mean, to_deviation) = picture.new_tensor([theirs, ours])[..., None, None]
-            picture = (picture * deviation + mean - to_mean) / to_deviation
-        if tuple(picture.shape[-2:]) != (size, size):
-            picture = interpolate(picture, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
-        return picture
-
-
-def _without_padding(pixels: Tensor, patches: Patches) -> Tensor:
-    """Pixels (images, tiles, 3, H, W) -> (blocks, 3, H, W), without the empty tiles that fill up a batch."""
-    rows = patches.rows.bincount(minlength=len(pixels)).tolist()
-    if len(rows) == len(pixels) and max(rows) <= pixels.shape[1]:  # one image in each row
-        return torch.cat([tiles[:count] for tiles, count in zip(pixels, rows)])
-    flat = pixels.flatten(0, 1)
-    return flat if len(flat) == len(patches.rows) else flat[flat.flatten(1).any(1)]
-
-
-def unfold_stream(pixels: Tensor, grids: Tensor, vision: Any) -> list[Tensor]:
-    """Pictures (3, H, W), one for each time step, of a stream of patches as Qwen-VL and GLM-4V are fed with.
-
-    Args:
-        pixels: (patches, 3 * time * p * p), groups of merge x merge neighbours following each other.
-        grids: (images, 3), time steps, height and width in patches.
-        vision: configuration of the tower.
-    """
-    merge, p, time = vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
-    pictures: list[Tensor] = []
-    for (steps, h, w), part in zip(grids.tolist(), pixels.split(grids.prod(1).tolist())):
-        part = part.view(steps, h // merge, w // merge, merge, merge, 3, time, p, p)[:, :, :, :, :, :, 0]
-        pictures += part.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(steps, 3, h * p, w * p)
-    return pictures
+        return seen
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing

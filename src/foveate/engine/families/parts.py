@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 
 from ...reduction import UnsupportedError
+from .companion import Companion
 from .layers import attention_of, cache_layers, keyless, shared_keys
 from .support import check_decoder, check_model, no_placeholders, takes_images
 from .tower import resampler
@@ -28,11 +29,6 @@ _VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
 PLAIN_MLP = frozenset({"opt", "gpt2", "gpt_neox", "gptj", "phi", "bloom", "falcon", "starcoder2", "persimmon", "mpt"})
 """Decoders whose MLP is two matrices (up, down). All others that carry images use three (gate, up, down)."""
 _PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
-CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_PIXELS = {"siglip_vision_model": _HALF, "siglip": _HALF, "internvl_vision": _IMAGENET}
-"""Mean and deviation of a tower's pixels, by its model type; CLIP's for all others."""
 _PLACES = "image_embeds_position_mask"
 """Argument of Kosmos-2 and 2.5 that says which slots are visual, (B, S), in place of an id."""
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
@@ -137,10 +133,9 @@ class Anatomy:
         """Whether queries and keys are projection, optional norm, and one-axis RoPE, in every decoder layer."""
         return self.text_config.model_type in _PLAIN_ATTENTION
 
-    @property
-    def pixel_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation with which the pixels of the vision tower are normalised, by channel."""
-        return _PIXELS.get(getattr(self.vision_config, "model_type", ""), CLIP_PIXELS)
+    def companion(self, model: Any, tokenizer: Any, official: bool = False) -> Companion:
+        """A CLIP or SigLIP model that is shown what this model is shown. Raises `UnsupportedError` for others."""
+        return Companion(model, tokenizer, self.vision_config, official)
 
     def attention(self, layer: int) -> nn.Module:
         """Self-attention module of a decoder layer. Raises `UnsupportedError` if the layer has none."""

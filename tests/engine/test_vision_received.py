@@ -65,6 +65,18 @@ def whole_maps(module: nn.Module) -> Iterator[list[Tensor]]:
         file.eager_attention_forward = real
 
 
+@contextmanager
+def scaled(*modules: nn.Module) -> Iterator[None]:
+    """Attention with another scaling than d^-0.5, for a while."""
+    names = ["scaling" if hasattr(module, "scaling") else "scale" for module in modules]
+    before = [getattr(module, name) for module, name in zip(modules, names)]
+    for module, name, value in zip(modules, names, before):
+        setattr(module, name, 2.5 * value)
+    yield
+    for module, name, value in zip(modules, names, before):
+        setattr(module, name, value)
+
+
 def squares(received: Tensor, height: int, width: int, step: int) -> Tensor:
     """(H, height * width) -> (H, tokens), means over step x step patches, cell by cell."""
     cells = [
@@ -114,19 +126,21 @@ def expected(name: str, model: Any, prompt: dict[str, Tensor], maps: list[Tensor
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_it_is_the_column_mean_of_the_whole_map(name: str, layer: int):
-    eager = build_once(name, "eager")
+    eager, sdpa = build_once(name, "eager"), build_once(name)
     prompt = inputs(name, eager)
-    with whole_maps(resolve(eager).vision_attention()[layer]) as maps:
-        found = read(eager, prompt, layer)
+    module = resolve(eager).vision_attention()[layer]
+    with scaled(module, resolve(sdpa).vision_attention()[layer]):
+        with whole_maps(module) as maps:
+            found = read(eager, prompt, layer)
+        other = read(sdpa, prompt, layer)
     wanted = expected(name, eager, prompt, maps, int(found.valid.sum(1).max()))
     assert len(wanted) == len(found.rows)
     assert max(m.shape[-1] for m in maps) > found.valid.sum(1).max() or name in ("paligemma", "qwen2_5_vl")
     for block, values in enumerate(wanted):
         own = found.attention[block, :, found.valid[block]]
         torch.testing.assert_close(own, values, atol=1e-6, rtol=1e-4)
-    sdpa = read(build_once(name), prompt, layer)
-    torch.testing.assert_close(sdpa.attention, found.attention, atol=1e-6, rtol=1e-4)
-    assert torch.equal(sdpa.slots, found.slots)
+    torch.testing.assert_close(other.attention, found.attention, atol=1e-6, rtol=1e-4)
+    assert torch.equal(other.slots, found.slots)
 
 
 # ------------------------------------------------------------------------------------------- variable-length layouts
@@ -153,14 +167,15 @@ ALL_ATTENTION_FUNCTIONS.register(VARIABLE, _variable_length)
 def test_variable_length_calls(name: str, layer: int):
     model = build_once(name)
     prompt = inputs(name, model, batch=3)
-    wanted = read(model, prompt, layer)
     config = resolve(model).vision.config
     real = config._attn_implementation
-    config._attn_implementation = VARIABLE
-    try:
-        found = read(model, prompt, layer)
-    finally:
-        config._attn_implementation = real
+    with scaled(resolve(model).vision_attention()[layer]):
+        wanted = read(model, prompt, layer)
+        config._attn_implementation = VARIABLE
+        try:
+            found = read(model, prompt, layer)
+        finally:
+            config._attn_implementation = real
     torch.testing.assert_close(found.attention, wanted.attention, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.key, wanted.key, atol=1e-4, rtol=1e-4)
     assert torch.equal(found.slots, wanted.slots)
@@ -179,13 +194,13 @@ def test_blocks_and_masks(kind: str, block: int | None):
     seen[1, :, :, 7] = False  # nobody may look there
     seen[0, :, 4] = False  # and this one may look nowhere
     mask = {"none": None, "bool": seen, "added": torch.where(seen, 0.0, torch.finfo(torch.float32).min)}[kind]
-    logits = query @ key.transpose(-1, -2) * 0.5
+    logits = query @ key.transpose(-1, -2) * 0.7
     if mask is None:
         wanted = logits.softmax(-1).mean(2)
     else:
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
         wanted = weights.sum(2) / seen.sum(2).clamp_min(1)
-    found = attention_received(query, key, 0.5, mask, block)
+    found = attention_received(query, key, 0.7, mask, block)
     if kind == "added":  # a row of nothing but the lowest number is a row of equals to every implementation
         weights = (logits + mask).softmax(-1)
         wanted = weights.sum(2) / seen.sum(2).clamp_min(1)

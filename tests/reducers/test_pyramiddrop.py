@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 import foveate
 from foveate.engine.decoder.ahead import next_layer_row
@@ -11,13 +12,27 @@ from tests import families
 from tests.reference.checks import assert_exact
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "paligemma", "mistral3"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "gemma3_window", "paligemma", "mistral3"])
 @torch.no_grad()
 def test_the_row_is_the_one_the_next_layer_computes(name):
     model = families.build(name, impl="eager")
-    inputs = families.inputs(name, model, batch=1)
+    _assert_rows_of_next_layers(model, families.inputs(name, model, batch=1))
+
+
+@torch.no_grad()
+def test_the_row_in_layers_with_a_scaling_of_their_own_a_softcap_and_windows():
+    config = hf.Gemma2Config(
+        **families.DECODER, head_dim=16, sliding_window=12, query_pre_attn_scalar=1, attn_logit_softcapping=0.7
+    )
+    model = families.spread_weights(hf.Gemma2ForCausalLM(config))
+    model.set_attn_implementation("eager")
+    ids = torch.randint(5, 140, (1, 30), generator=torch.Generator().manual_seed(0))
+    _assert_rows_of_next_layers(model, {"input_ids": ids})
+
+
+def _assert_rows_of_next_layers(model, inputs):
     output = model(**inputs, output_attentions=True, output_hidden_states=True)
-    anatomy = resolve(model)
+    anatomy = resolve(model, text_only="pixel_values" not in inputs)
     slots = torch.arange(inputs["input_ids"].shape[1])[None]
     for layer in range(1, families.N_LAYERS):
         hidden = output.hidden_states[layer]

@@ -18,8 +18,8 @@ pytest.importorskip("gradio", reason="the extra [app]")
 
 from typer.testing import CliRunner
 
-from foveate.app import page as pages
-from foveate.app.page import serve
+from foveate.app import server as servers
+from foveate.app.server import serve
 from foveate.cli import app as command_line
 
 MODEL = "zoo:tiny-llava"
@@ -146,8 +146,8 @@ def test_an_upload_is_read(home, tmp_path):
 @pytest.fixture
 def light(monkeypatch):
     """A page that loads no model: for the doors before it."""
-    page = pages.gr.Blocks()
-    monkeypatch.setattr(pages, "Page", lambda runner: type("Light", (), {"blocks": page}))
+    page = servers.gr.Blocks()
+    monkeypatch.setattr(servers, "Page", lambda runner: type("Light", (), {"blocks": page}))
 
 
 def basic(text):
@@ -208,9 +208,9 @@ def test_the_password_may_come_from_the_environment(light, monkeypatch):
     monkeypatch.setenv("FOVEATE_PASSWORD", "hidden")
     asked = []
     monkeypatch.setattr(sys.modules["foveate.cli.web"], "_until_interrupted", lambda: asked.append(1))
-    real = pages.serve
+    real = servers.serve
     given = []
-    monkeypatch.setattr(pages, "serve", lambda *args: given.append(args) or real(*args))
+    monkeypatch.setattr(servers, "serve", lambda *args: given.append(args) or real(*args))
     result = CliRunner().invoke(command_line, ["app", "--no-browser", "--port", "0"])
     assert (result.exit_code, asked, given[0][4]) == (0, [1], "hidden")
     assert "hidden" not in result.output
@@ -221,7 +221,7 @@ def test_the_password_may_come_from_the_environment(light, monkeypatch):
 
 def test_the_command_gives_the_models_and_companions(monkeypatch, tmp_path):
     given = []
-    monkeypatch.setattr(pages, "serve", lambda *args: given.append(args) or 1 / 0)
+    monkeypatch.setattr(servers, "serve", lambda *args: given.append(args) or 1 / 0)
     for chosen in ([], ["--model", "a/b", "--model", "zoo:x", "--model", "a/b", "--companion", "c"]):
         CliRunner().invoke(command_line, ["app", *chosen])
     assert [args[2:4] for args in given] == [([MODEL], ()), (["a/b", "zoo:x"], ["c"])]

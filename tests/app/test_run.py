@@ -295,7 +295,7 @@ def test_the_bill_has_ratios_where_both_sides_are_known():
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "foveate.app.page", raising=False)
+    monkeypatch.delitem(sys.modules, "foveate.app.server", raising=False)
     result = CliRunner().invoke(command_line, ["app", "--no-browser"])
     assert result.exit_code == 2
     assert result.stderr.strip() == "foveate: the page needs Gradio: pip install 'foveate[app]'"

@@ -60,7 +60,7 @@ def web(
     for name in method or ():
         info(name)  # from now on it is listed
     try:
-        from ..app.page import AddressError, serve
+        from ..app.server import AddressError, serve
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise

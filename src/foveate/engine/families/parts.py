@@ -21,6 +21,7 @@ from .companion import Companion
 from .layers import attention_of, cache_layers, keyless, shared_keys
 from .support import check_decoder, check_model, no_placeholders, takes_images
 from .tower import resampler
+from .tower_layers import attention_modules, layer_of
 
 __all__ = ["Anatomy", "resolve"]
 
@@ -31,7 +32,6 @@ PLAIN_MLP = frozenset({"opt", "gpt2", "gpt_neox", "gptj", "phi", "bloom", "falco
 _PLAIN_ATTENTION = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
 _PLACES = "image_embeds_position_mask"
 """Argument of Kosmos-2 and 2.5 that says which slots are visual, (B, S), in place of an id."""
-_ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,7 @@ class Anatomy:
     def parent(self, module: nn.Module) -> nn.Module:
         """The vision layer that holds an attention module."""
         assert self.vision is not None
-        name = next(name for name, candidate in self.vision.named_modules() if candidate is module)
-        return self.vision.get_submodule(name.rpartition(".")[0])
+        return layer_of(self.vision, module)
 
     def vision_attention(self) -> list[nn.Module]:
         """Self-attention modules of the vision tower, in depth order."""
@@ -192,12 +191,7 @@ class Anatomy:
             raise UnsupportedError(
                 f"{type(self.model).__name__} names no image encoder (get_encoder), so there is no vision tower to read"
             )
-        named = [(n, m) for n, m in self.vision.named_modules() if n.rpartition(".")[2] in _ATTENTION_NAMES]
-        found = [module for _, module in named if hasattr(module, "config")]
-        if not found:
-            what = f"computes its attention by itself ({type(named[0][1]).__name__})" if named else "has no attention"
-            raise UnsupportedError(f"{type(self.vision).__name__} {what}; a method can read none in this vision tower")
-        return found
+        return attention_modules(self.vision)
 
     @cached_property
     def sliding_windows(self) -> tuple[int | None, ...]:

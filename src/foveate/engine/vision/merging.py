@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...ops.bipartite import Merging
+from ...ops.select import gather_tokens
 from ...reduction import UnsupportedError
 from ..decoder.taps import in_backward, tap_attention
 from ..families.parts import Anatomy
 from ..families.tower import square_plan
+from ..families.tower_layers import attention_modules, check_mergeable, layer_of, norm_and_mlp
 from ..stopwatch import deciding
 from ..trace import TowerCall
 from ..undo import Shared, Undo
 from .reader import _lay
 
 __all__ = ["MergeSpec", "ShrinkSpec", "TowerReduction"]
-
-_ATTENTION_NAMES = ("self_attn", "attn", "attention")
-_NORM_NAMES = ("layer_norm2", "layernorm_after")
 
 
 @runtime_checkable
@@ -113,8 +112,8 @@ class TowerReduction(Shared):
 
     def __init__(self, tower: nn.Module, spec: MergeSpec | ShrinkSpec, last: int = -1, expand: bool = True):
         self.tower, self.spec, self.expand = tower, spec, expand
-        self.attention = _attention_modules(tower)
-        self.layers = [_parent(tower, module) for module in self.attention]
+        self.attention = attention_modules(tower)
+        self.layers = [layer_of(tower, module) for module in self.attention]
         self.used = len(self.layers) + last + 1
         names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
         self.class_token = bool(names & {"class_embedding", "cls_token"})
@@ -144,14 +143,14 @@ class TowerReduction(Shared):
                 f"proportional attention needs SDPA or eager attention in the tower, not {implementation}"
             )
         for layer in self.layers:
-            _check_layer(layer, spec.proportional)
+            check_mergeable(layer, spec.proportional)
         undo.pre_hook(self.tower, self._begin)
         for i, layer in enumerate(self.layers[: self.used]):
             undo.pre_hook(layer, self._enter, with_kwargs=True)
             if spec.metric == "key":
                 tap_attention(undo, self.attention[i], self._attending)
             if spec.place == "between":
-                norm, mlp = _between(layer)
+                norm, mlp = norm_and_mlp(layer)
                 undo.pre_hook(norm, functools.partial(self._before_mlp, i))
                 undo.hook(mlp, self._after_mlp, prepend=True)
             undo.hook(layer, functools.partial(self._leave, i), prepend=True)
@@ -385,47 +384,5 @@ def _full(states: Any, by_length: dict[int, Tensor]) -> Any:
     if isinstance(states, tuple | list):
         return type(states)(_full(part, by_length) for part in states)
     if isinstance(states, Tensor) and states.dim() == 3 and states.shape[1] in by_length:
-        index = by_length[states.shape[1]][..., None]
-        return states.gather(1, index.expand(-1, -1, states.shape[2]))
+        return gather_tokens(states, by_length[states.shape[1]])
     return states
-
-
-def _attention_modules(tower: nn.Module) -> list[nn.Module]:
-    found = [
-        module
-        for name, module in tower.named_modules()
-        if name.rpartition(".")[2] in _ATTENTION_NAMES and hasattr(module, "config")
-    ]
-    if not found:
-        raise UnsupportedError(f"no attention layers found in {type(tower).__name__}")
-    return found
-
-
-def _parent(tower: nn.Module, module: nn.Module) -> nn.Module:
-    name = next(name for name, candidate in tower.named_modules() if candidate is module)
-    return tower.get_submodule(name.rpartition(".")[0])
-
-
-def _between(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The norm before the MLP of a layer, and the MLP."""
-    norm = next((getattr(layer, name) for name in _NORM_NAMES if hasattr(layer, name)), None)
-    mlp = getattr(layer, "mlp", None)
-    if norm is None or mlp is None:
-        raise _unlike_clip(layer)
-    return norm, mlp
-
-
-def _check_layer(layer: nn.Module, proportional: bool) -> None:
-    _between(layer)
-    accepted = inspect.signature(layer.forward).parameters
-    if "cu_seqlens" in accepted:
-        raise _unlike_clip(layer)
-    if proportional and "attention_mask" not in accepted:
-        raise UnsupportedError(f"{type(layer).__name__} takes no mask, so it needs proportional=False")
-
-
-def _unlike_clip(layer: nn.Module) -> UnsupportedError:
-    return UnsupportedError(
-        f"{type(layer).__name__}: merging inside a vision tower needs layers like those of CLIP, SigLIP or ViT; "
-        "merge after the tower (where='output')"
-    )

@@ -60,6 +60,12 @@ class MaskedReference:
         for handle in self._handles:
             handle.remove()
 
+    @staticmethod
+    def _pinned(layer: int, kwargs: dict) -> int:
+        """Slots of the prompt that stay in front of a mask whose window slides behind them (Unlimited-OCR)."""
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        return 0 if cache is None else getattr(cache.layers[layer], "prefill_length", None) or 0
+
     def _merged(self, stage: int, hidden: Tensor) -> Tensor:
         is_prefill = hidden.shape[1] > 1
         return self.merge[stage](hidden) if stage in self.merge and is_prefill else hidden
@@ -70,13 +76,17 @@ class MaskedReference:
         hidden = args[0]
         if layer == 0:
             cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-            self._past = cache.get_seq_length() if cache is not None else 0
+            self._past = self._total if cache is not None and cache.get_seq_length() else 0
             self._total = self._past + hidden.shape[-2]
             hidden = self._merged(-1, hidden)
+        return self._handed(layer, hidden, kwargs)
+
+    def _handed(self, layer: int, hidden: Tensor, kwargs: dict) -> tuple[tuple, dict]:
+        """What a layer is called with."""
         gone = self._gone(layer)
         if gone is not None:
             kwargs = {**kwargs, "attention_mask": self._blind(layer, hidden, gone, kwargs)}
-        return (hidden, *args[1:]), kwargs
+        return (hidden,), kwargs
 
     def _after(self, layer: int, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -101,6 +111,8 @@ class MaskedReference:
             mask = torch.arange(total) <= torch.arange(past, total)[:, None]
             mask = mask[None, None]
         columns = torch.arange(total - mask.shape[-1], total)
+        pinned = self._pinned(layer, kwargs)
+        columns = torch.where(torch.arange(len(columns)) < pinned, columns - (total - mask.shape[-1]), columns)
         known = torch.zeros(rows, total, dtype=torch.bool)
         known[:, : gone.shape[1]] = to_rows(gone, rows)[:, :total]
         closed = known[:, columns][:, None, None]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from foveate.engine.families.parts import resolve
 from tests.reference.masked import MaskedReference
@@ -21,9 +22,20 @@ def _recurs(layer: Any) -> bool:
     return kind == "linear_attention" or any(hasattr(layer, name) for name in _RECURRENT)
 
 
+def _convolves_beside_attention(layer: Any) -> bool:
+    return hasattr(layer, "self_attn") and any("conv" in name for name, _ in layer.named_modules())
+
+
+def _cut(value: Any, left: Tensor) -> Any:
+    """A tensor (1, S, ...) at some slots; anything else as it is."""
+    follows = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] > int(left[-1])
+    return value[:, left] if follows and value.shape[0] == 1 else value
+
+
 def is_recurrent(model: nn.Module) -> bool:
     """Whether a layer of the decoder has a state, which no mask hides a token from."""
-    return any(map(_recurs, resolve(model, text_only=True).layers))
+    layers = resolve(model, text_only=True).layers
+    return any(_recurs(layer) or _convolves_beside_attention(layer) for layer in layers)
 
 
 class ShortReference(MaskedReference):
@@ -43,17 +55,39 @@ class ShortReference(MaskedReference):
     ):
         super().__init__(model, removed, merge)
         self._whole: Tensor | None = None
+        self._slots: dict[int, Tensor] = {}
 
-    def _before(self, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        args, changed = super()._before(layer, args, kwargs)
-        gone = self._gone(layer)
-        if not _recurs(self.layers[layer]):
-            return args, changed
-        changed = {**kwargs, "attention_mask": None}  # a single row without padding
-        left = self._left(args[0], gone)
+    def _handed(self, layer: int, hidden: Tensor, kwargs: dict) -> tuple[tuple, dict]:
+        module, gone = self.layers[layer], self._gone(layer)
+        hybrid = _convolves_beside_attention(module)
+        if not _recurs(module) and not hybrid:
+            return super()._handed(layer, hidden, kwargs)
+        left = self._left(hidden, gone)
         if left is not None:
-            self._whole, args = args[0], (args[0][:, left], *args[1:])
-        return args, changed
+            self._whole = hidden
+            kwargs = {name: value if name == "attention_mask" else _cut(value, left) for name, value in kwargs.items()}
+            hidden = hidden[:, left]
+        # A single row without padding.
+        kwargs = {**kwargs, "conv_mask" if "conv_mask" in kwargs else "attention_mask": None}
+        if hybrid:
+            kwargs["attention_mask"] = self._own_mask(layer, hidden.shape[1], left, kwargs)
+        return (hidden,), kwargs
+
+    def _own_mask(self, layer: int, count: int, left: Tensor | None, kwargs: dict) -> Tensor:
+        """Who sees whom among the keys that a layer holds, (1, 1, n, N) bool: causal, in its window of the prompt."""
+        queries = torch.arange(self._past, self._total) if left is None else left
+        stored = queries if not self._past else torch.cat([self._slots[layer], queries])
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        if cache is not None and cache.layers[layer].is_initialized:
+            stored = stored[-cache.layers[layer].get_mask_sizes(count)[0] :]
+        self._slots[layer] = stored
+        apart = queries[:, None] - stored
+        attention: Any = self.layers[layer].self_attn
+        window = getattr(attention, "sliding_window", None)
+        seen = ((apart >= 0) & (apart < (window or self._total + 1)))[None, None]
+        if attention.config._attn_implementation != "eager":
+            return seen
+        return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
     def _after(self, layer: int, output: Any) -> Any:
         if self._whole is None:

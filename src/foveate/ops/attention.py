@@ -18,6 +18,7 @@ def attention_rows(
     bias: Tensor | None,
     scaling: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a few query rows over all keys.
 
@@ -29,6 +30,7 @@ def attention_rows(
         bias: (B, H or 1, R, N) added to the logits, or None.
         scaling: factor on the dot products.
         softcap: Gemma's tanh cap, or None.
+        sinks: (B or 1, H, R or 1, 1) logits of no key, which take their share of each row (GPT-OSS), or None.
 
     Returns:
         (B, H, R, N) float32; rows that may see nothing are zero.
@@ -45,7 +47,9 @@ def attention_rows(
     if allowed is not None:
         allowed = allowed[:, None] if allowed.dim() == 3 else allowed
         logits = logits.masked_fill(~allowed, float("-inf"))
-    return logits.softmax(-1).nan_to_num(0.0)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float().expand(batch, heads, n_rows, 1)], -1)
+    return logits.softmax(-1).nan_to_num(0.0)[..., :n_keys]
 
 
 def attention_received(

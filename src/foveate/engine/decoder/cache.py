@@ -9,10 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from ...reduction import UnsupportedError
-from ..families.layers import KEYLESS
+from ..families.layers import KEYLESS, REFERENCE
 
 __all__ = ["SEEN_BY_ALL", "LogicalLayer", "check_cache", "logical_layer", "physical_lengths"]
 
@@ -92,7 +100,9 @@ class LogicalLayer(DynamicLayer):
             return
         # A positive number is the length to be left: all that transformers before 5.15 asked for.
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.total - tokens_to_remove)
-        if removed:
+        if not removed:
+            super().crop(0)
+        else:
             gone = (self.kept >= self.total - removed).sum(1)
             stored = int(gone.max())
             if int(gone.min()) != stored or bool((self.kept[:, self.kept.shape[1] - stored :] < 0).any()):
@@ -128,6 +138,76 @@ class LogicalLayer(DynamicLayer):
         self.until = None if self.until is None else change(self.until)
 
 
+class _Indexed(LogicalLayer, DynamicIndexedLayer):
+    """With the keys of an index, which chooses among the stored ones."""
+
+
+class _Hybrid(LogicalLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """With the states of convolutions. The layer numbers its tokens itself: it is told of those that it stores."""
+
+    is_croppable = LinearAttentionAndFullAttentionLayer.is_croppable
+
+    def get_seq_length(self) -> int:
+        return self.total if self._announced is None else self.physical_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+
+class _Reference(LogicalLayer):
+    """A sliding window over what follows the first pass, of which nothing leaves the window (Unlimited-OCR)."""
+
+    def __init__(self, sliding_window: int | None = None):
+        super().__init__(sliding_window)
+        self._layer_type = REFERENCE  # of the instance: transformers registers a class that has one
+        self.prefill_length: int | None = None
+        self.prompt = 0
+        """Stored keys of the first pass, which come first."""
+
+    def set_prefill_length(self, prefill_length: int) -> None:
+        self.prefill_length = prefill_length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.prefill_length is None:
+            self.prefill_length = self.total
+        if self.total <= self.prefill_length:
+            assert self.kept is not None
+            self.prompt = self.kept.shape[1]
+        return keys, values
+
+    def _evict(self) -> None:
+        if self.prefill_length is None or self.kept is None or self.keys is None or self.values is None:
+            return
+        assert self.sliding_window is not None
+        stored, window = self.kept.shape[1], self.sliding_window - 1
+        if self.total > self.prefill_length and stored - self.prompt > window:
+            self.keys, self.values, self.kept = (
+                torch.cat([part.narrow(axis, 0, self.prompt), part.narrow(axis, stored - window, window)], axis)
+                for part, axis in ((self.keys, 2), (self.values, 2), (self.kept, 1))
+            )
+
+    def reset(self) -> None:
+        super().reset()
+        self.prefill_length, self.prompt = None, 0
+
+
+_KINDS: dict[type, type[LogicalLayer]] = {
+    DynamicLayer: LogicalLayer,
+    DynamicSlidingWindowLayer: LogicalLayer,
+    DynamicIndexedLayer: _Indexed,
+    LinearAttentionAndFullAttentionLayer: _Hybrid,
+    LinearAttentionAndSlidingWindowAttentionLayer: _Hybrid,
+}
+"""What takes the place of a layer of transformers' cache."""
+
+
+def _kind_for(kind: type) -> type[LogicalLayer] | None:
+    if issubclass(kind, LogicalLayer):
+        return kind
+    return _Reference if getattr(kind, "_layer_type", None) == REFERENCE else _KINDS.get(kind)
+
+
 def check_cache(cache: Cache | None) -> None:
     """Refuse caches that cannot hold a different length per layer. Raises `UnsupportedError`."""
     if cache is None:
@@ -139,7 +219,7 @@ def check_cache(cache: Cache | None) -> None:
         )
     for layer in cache.layers:
         kind = type(layer)
-        if kind not in (DynamicLayer, DynamicSlidingWindowLayer, LogicalLayer) and kind.__name__ not in KEYLESS:
+        if _kind_for(kind) is None and kind.__name__ not in KEYLESS:
             raise UnsupportedError(f"a cache of {kind.__name__} cannot hold reduced prompts; use the dynamic cache")
 
 
@@ -150,15 +230,21 @@ def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:
     current = cache.layers[layer]
     if isinstance(current, LogicalLayer):
         return current
-    assert isinstance(current, DynamicLayer)  # check_cache has seen to it
-    new = LogicalLayer(getattr(current, "sliding_window", None))
-    new.record_past = getattr(current, "record_past", False)
-    total, keys, values = current.get_seq_length(), current.keys, current.values
-    if total and keys is not None and values is not None:
-        rows, stored = keys.shape[0], keys.shape[-2]
-        new.lazy_initialization(keys, values)
-        new.keys, new.values, new.total = keys, values, total
-        new.kept = torch.arange(total - stored, total, device=keys.device)[None].expand(rows, stored)
+    kind = _kind_for(type(current))
+    assert kind is not None  # check_cache has seen to it
+    assert isinstance(current, DynamicLayer)
+    total, new = current.get_seq_length(), kind(getattr(current, "sliding_window", None))
+    vars(new).update(vars(current))
+    first = 0
+    if isinstance(new, _Reference):  # transformers keeps the prompt by itself
+        before = vars(new).pop("prefill_keys", None), vars(new).pop("prefill_values", None)
+        if new.keys is not None and new.values is not None and before[0] is not None and before[1] is not None:
+            new.prompt = first = before[0].shape[-2]
+            new.keys, new.values = torch.cat([before[0], new.keys], -2), torch.cat([before[1], new.values], -2)
+    if total and new.keys is not None:
+        rows, stored, device = new.keys.shape[0], new.keys.shape[-2], new.keys.device
+        slots = [torch.arange(first, device=device), torch.arange(total - stored + first, total, device=device)]
+        new.total, new.kept = total, torch.cat(slots).expand(rows, stored)
     cache.layers[layer] = new
     return new
 

@@ -117,12 +117,12 @@ class ForwardPass:
         if self.active is None and reach is None:
             return None if hidden is given else _with_hidden(args, kwargs, hidden)
         self._reach = reach
-        if reach is None:
-            changed["attention_mask"] = self._recurrent_mask()
-        else:
+        if self.active is not None and (reach is None or "conv_mask" in changed):
+            changed["conv_mask" if "conv_mask" in changed else "attention_mask"] = self._recurrent_mask()
+        if reach is not None:
             changed["attention_mask"] = self._mask(changed.get("attention_mask"), reach, hidden.dtype)
-            if "position_embeddings" in changed and whole:
-                self._embeddings = self._rope(layer, changed["position_embeddings"], hidden, stored)
+            if changed.get("position_embeddings") is not None and whole:
+                self._embeddings = self._rope(layer, changed["position_embeddings"], hidden, stored, reach)
                 changed["position_embeddings"] = self._embeddings
         if self.active is not None and whole:
             hidden, changed = self._take_hidden(hidden), self._take_others(changed)
@@ -231,7 +231,8 @@ class ForwardPass:
         stored.filled |= valid is not None
         queries = self._memo.setdefault(("queries", past), rows + past)
         index = rows if self.active is not None else None
-        return Reach(kept, queries, index, valid, stored.filled, past, self.length, window)
+        pinned = getattr(stored, "prefill_length", None) or 0
+        return Reach(kept, queries, index, valid, stored.filled, past, self.length, window, pinned)
 
     def _rows(self) -> tuple[Tensor, Tensor | None, int]:
         if self.active is not None:
@@ -250,7 +251,7 @@ class ForwardPass:
             self._memo[key] = (reduced_mask(mask, reach, self._implementation, dtype), mask, reach.keys)
         return self._memo[key][0]
 
-    def _rope(self, layer: int, rope: Any, hidden: Tensor, stored: LogicalLayer | None) -> Any:
+    def _rope(self, layer: int, rope: Any, hidden: Tensor, stored: LogicalLayer | None, reach: Reach) -> Any:
         counted = self._positions is not None or (stored is not None and stored.next is not None)
         window = self.anatomy.sliding_windows[layer]
         if counted and window is not None and self.past + self.length > window:
@@ -262,9 +263,15 @@ class ForwardPass:
             if counted:
                 new = self.anatomy.rotary(layer, hidden, self._counted_positions(stored).to(hidden.device))
             else:
-                new = rope if self.active is None else take_rope(rope, self.active.index, self.length)
+                new = self._kept_rope(rope, reach)
             self._memo[key] = (new, rope, stored.kept if stored else None)
         return self._memo[key][0]
+
+    def _kept_rope(self, rope: Any, reach: Reach) -> Any:
+        part = rope[0] if isinstance(rope, tuple | list) else rope
+        if self.past and isinstance(part, Tensor) and part.shape[-2] == reach.total:
+            return take_rope(rope, reach.keys.clamp_min(0), reach.total)  # an index rotates the cached keys, too
+        return rope if self.active is None else take_rope(rope, self.active.index, self.length)
 
     def _counted_positions(self, stored: LogicalLayer | None) -> Tensor:
         """Positions (B, n) that are not the model's own: as renumbered, or going on from a layer's own length."""
@@ -285,7 +292,13 @@ class ForwardPass:
         done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids", "shared_kv_states")
         check_arguments(kwargs, self.rows, self.length, done)
         taken = {name: value if name in done else self._take(value) for name, value in kwargs.items()}
-        if taken.get("position_ids") is not None:
+        if self.active.valid is not None:
+            for name, padding in self.anatomy.filled_ids.items():
+                if taken.get(name) is not None:
+                    taken[name] = torch.where(self.active.valid, taken[name], padding)
+        if taken.get("position_ids") is not None and "conv_mask" in taken:  # Inkling 2 scales queries by them
+            taken["position_ids"] = self._take(taken["position_ids"].expand(self.rows, -1))
+        elif taken.get("position_ids") is not None:
             # RoPE is in position_embeddings already; FlashAttention would read gaps in the ids as packed sequences.
             ids = torch.arange(self.active.size, device=self.active.index.device)
             taken["position_ids"] = self._memo.setdefault("ids", ids.expand(self.rows, -1))

@@ -59,7 +59,7 @@ class ActiveSet:
 
 def take_rows(frame: Tensor, active: ActiveSet) -> Tensor:
     """(B, S, ...) -> (B, n, ...)."""
-    rows = frame.reshape(-1, *frame.shape[2:]).index_select(0, active.flat(frame.device))
+    rows = frame.flatten(0, 1).index_select(0, active.flat(frame.device))
     return rows.view(*active.index.shape, *frame.shape[2:])
 
 

@@ -29,6 +29,7 @@ class Reach:
         past: logical length before this pass.
         length: logical length of this pass.
         window: sliding window of the layer.
+        pinned: slots at the start that never leave the cache or a mask, whatever slides behind them.
     """
 
     keys: Tensor
@@ -39,6 +40,7 @@ class Reach:
     past: int
     length: int
     window: int | None
+    pinned: int = 0
 
     def to(self, device: torch.device) -> Reach:
         """The same, with its tensors on a device."""
@@ -80,6 +82,8 @@ def reduced_mask(mask: Any, reach: Reach, implementation: str, dtype: torch.dtyp
     batch = reach.keys.shape[0]
     # A mask may be shorter than the logical length: sliding caches leave its oldest columns out.
     column = reach.keys - (reach.total - mask.shape[-1])
+    if reach.pinned:
+        column = torch.where(reach.keys < reach.pinned, reach.keys, column)
     seen = (reach.keys >= 0) & (column >= 0)
     column = column.clamp_min(0)
     if mask.dim() == 2:

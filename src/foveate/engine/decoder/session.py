@@ -345,7 +345,8 @@ class DecoderSession(Session):
                 f"would be wrong; call the model with output_{strange}=False"
             )
         watched_by_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-        if torch.is_grad_enabled() or watched_by_all or "hidden_states" in collected:
+        kept = self.anatomy.keeps_inputs or watched_by_all or "hidden_states" in collected
+        if torch.is_grad_enabled() or kept:
             return frozenset()
         layers, ours = self.anatomy.layers, self._undo.hooks
         return frozenset(

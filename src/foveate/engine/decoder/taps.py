@@ -27,6 +27,7 @@ __all__ = ["choose_rows", "counted_from_first", "in_backward", "places_of", "rea
 
 _PREFIX = "foveate_tap:"
 _LISTENERS = "_foveate_taps"
+_MASKED = ("eager", "sdpa")
 
 
 def _wrapper(
@@ -39,6 +40,9 @@ def _wrapper(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    chosen = kwargs.get("indices")
+    if chosen is not None and real in _MASKED:  # a module that takes the tap's name for a sparse kernel's
+        kwargs["indices"], attention_mask = None, _sparse(attention_mask, chosen)
     if not in_backward():  # a checkpointed layer that runs again was read before
         with torch.no_grad():
             for listener in module.__dict__.get(_LISTENERS, ()):
@@ -47,6 +51,12 @@ def _wrapper(
     if attention is None:  # eager attention lives in each modelling file
         attention = sys.modules[type(module).__module__].eager_attention_forward
     return attention(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _sparse(mask: Tensor, chosen: Tensor) -> Tensor:
+    """A mask (B, 1, Q, N) that lets through only the keys that an index chose for each query, (B, Q, k)."""
+    closed = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).scatter(3, chosen[:, None].long(), False)
+    return mask & ~closed if mask.dtype == torch.bool else mask.masked_fill(closed, torch.finfo(mask.dtype).min)
 
 
 def tap_attention(undo: Undo, module: Any, listener: Callable[..., None]) -> None:
@@ -144,7 +154,7 @@ def read_rows(
         query: (B, H, n, d) after RoPE.
         key: (B, Hkv, N, d).
         mask: the layer's own mask, as handed to its attention.
-        kwargs: of the attention call (scaling, softcap, sliding_window).
+        kwargs: of the attention call (scaling, softcap, sliding_window, position_bias, sinks).
 
     Returns:
         The tap, on the device of `wanted`, wherever the layer is.
@@ -160,7 +170,13 @@ def read_rows(
     slots = index.gather(1, rows).masked_fill(~row_valid, 0)
     allowed, bias = _visibility(mask, rows, slots + reach.past, reach, kwargs.get("sliding_window"))
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    weights = attention_rows(query, key, rows, allowed, bias, scaling, kwargs.get("softcap"))
+    positional, sinks = kwargs.get("position_bias"), kwargs.get("sinks", kwargs.get("s_aux"))
+    if positional is not None:
+        positional = _at_rows(positional, rows)
+        bias = positional if bias is None else bias + positional
+    if sinks is not None:
+        sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else _at_rows(sinks, rows)
+    weights = attention_rows(query, key, rows, allowed, bias, scaling, kwargs.get("softcap"), sinks)
     if spec.heads == "mean":
         weights = weights.mean(1)
     picked = None
@@ -172,6 +188,12 @@ def read_rows(
         return tap
     moved: dict[str, Any] = {name: None if value is None else value.to(home) for name, value in vars(tap).items()}
     return Tap(**moved)
+
+
+def _at_rows(value: Tensor, rows: Tensor) -> Tensor:
+    """(B, H, Q, N) at the rows (B, R) of each sample: (B, H, R, N)."""
+    batch, heads, _, n_keys = value.shape
+    return value.gather(2, rows[:, None, :, None].expand(batch, heads, rows.shape[1], n_keys))
 
 
 def counted_from_first(module: nn.Module, tap: Tap, rope: Any, first: Tensor) -> None:
@@ -203,7 +225,7 @@ def _visibility(
     if isinstance(mask, Tensor) and mask.dim() == 4:
         batch, n_keys = reach.keys.shape
         mask = mask.expand(batch, mask.shape[1], mask.shape[2], n_keys)
-        mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], rows.shape[1], n_keys))
+        mask = _at_rows(mask, rows)
         return (mask, None) if mask.dtype == torch.bool else (None, mask)
     allowed = (reach.keys >= 0)[:, None] & (reach.keys[:, None] <= row_slots[..., None])
     if window is not None:

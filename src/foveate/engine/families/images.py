@@ -168,7 +168,7 @@ def runs_of(mask: Tensor) -> list[Run]:
 
 
 def _lengths(features: Any) -> tuple[int, ...] | None:
-    if isinstance(features, Tensor) and features.dim() == 3:
+    if isinstance(features, Tensor) and features.dim() == 3 and features.shape[1] > 1:  # Inkling: patches, one by one
         return (features.shape[1],) * features.shape[0]
     if isinstance(features, list | tuple) and all(isinstance(part, Tensor) for part in features):
         return tuple(part.shape[:-1].numel() for part in features)

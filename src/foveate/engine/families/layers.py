@@ -15,17 +15,23 @@ from transformers.cache_utils import DynamicCache
 
 __all__ = [
     "KEYLESS",
+    "REFERENCE",
     "attention_of",
     "cache_layers",
+    "filled_ids",
+    "keeps_inputs",
     "keyless",
     "positional_names",
     "rotates",
     "shared_keys",
+    "takes_index",
     "zeroes_padding",
 ]
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
 _ROTATED_IN_WINDOWS = {"cohere2", "cohere2_moe"}
+REFERENCE = "reference_sliding_attention"
+"""Type of a layer whose sliding window begins behind the prompt."""
 KEYLESS = {"LinearAttentionLayer", "DummyLayer"}
 """Cache layers that hold a recurrent state (linear attention, convolution, Mamba) or nothing."""
 
@@ -78,14 +84,32 @@ def rotates(attention: nn.Module) -> bool:
     return window is None or bool(getattr(attention, "is_sliding", True))  # Exaone 4
 
 
-def zeroes_padding(mixer: nn.Module) -> bool:
+def zeroes_padding(mixer: nn.Module, mask: str = "attention_mask") -> bool:
     """Whether a recurrent module zeroes what a 2-D mask calls padding, so that its state is that of a shorter row."""
     projections = [part for name, part in mixer.named_children() if name.startswith("in_proj")]
     return (
         hasattr(sys.modules[type(mixer).__module__], "apply_mask_to_padding_states")
-        and "attention_mask" in inspect.signature(mixer.forward).parameters
+        and mask in inspect.signature(mixer.forward).parameters
         and all(getattr(part, "bias", None) is None for part in projections)
     )
+
+
+def takes_index(layer: nn.Module) -> bool:
+    """Whether sparse attention asks an index of its own layer, which sees nothing but what the mask lets through."""
+    shared = "prev_topk_indices" in inspect.signature(layer.forward).parameters
+    return getattr(attention_of(layer), "indexer", None) is not None and not shared
+
+
+def keeps_inputs(layers: Sequence[nn.Module]) -> bool:
+    """Whether the decoder keeps what goes into some layers for later ones (Inkling 2's attention over blocks)."""
+    return any("block_states" in inspect.signature(layer.forward).parameters for layer in layers)
+
+
+def filled_ids(config: Any) -> dict[str, int]:
+    """Arguments of decoder layers that hold token ids (B, S), and the id that stands for padding in them."""
+    end = getattr(config, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) else end
+    return {} if end is None else {"ple_input_ids": end}  # n-grams of Qwen4-exp
 
 
 def positional_names(module: nn.Module, count: int) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 
 from ...reduction import UnsupportedError
 from .companion import Companion
-from .layers import attention_of, cache_layers, keyless, shared_keys
+from .layers import REFERENCE, attention_of, cache_layers, filled_ids, keeps_inputs, keyless, shared_keys
 from .support import check_decoder, check_model, no_placeholders, takes_images
 from .tower import resampler
 from .tower_layers import attention_modules, layer_of
@@ -71,13 +71,14 @@ class Anatomy:
 
     @property
     def heads(self) -> int:
-        """Query heads per decoder layer."""
-        return self.text_config.num_attention_heads
+        """Query heads per decoder layer (of the first one where layers differ)."""
+        return _of_first_layer(self.text_config).num_attention_heads
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
-        return getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // self.heads
+        """Width of one attention head (of the first layer where layers differ)."""
+        config = _of_first_layer(self.text_config)
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @property
     def rope_theta(self) -> float:
@@ -197,7 +198,10 @@ class Anatomy:
     def sliding_windows(self) -> tuple[int | None, ...]:
         """Sliding window of each decoder layer in tokens, None where it attends to everything."""
         # Families keep the window in different places; the cache they get knows them all.
-        windows = [getattr(layer, "sliding_window", None) for layer in cache_layers(self.config)] or [None] * self.depth
+        cached = cache_layers(self.config)
+        windows = [getattr(layer, "sliding_window", None) for layer in cached]
+        # What is generated slides, the prompt does not.
+        windows = [None if getattr(layer, "_layer_type", None) == REFERENCE else w for w, layer in zip(windows, cached)]
         windows += [None] * (self.depth - len(windows))
         for layer, source in self.shared_keys.items():
             windows[layer] = windows[source]
@@ -212,6 +216,16 @@ class Anatomy:
     def keyless(self) -> frozenset[int]:
         """Decoder layers without keys: linear attention, convolutions, Mamba, and MLPs on their own."""
         return keyless(self.layers, self.config)
+
+    @cached_property
+    def keeps_inputs(self) -> bool:
+        """Whether the decoder keeps hidden states that went into a layer: they may not be overwritten."""
+        return keeps_inputs(self.layers)
+
+    @cached_property
+    def filled_ids(self) -> dict[str, int]:
+        """Arguments of decoder layers that hold token ids (B, S), and the id of padding in them."""
+        return filled_ids(self.text_config)
 
     @cached_property
     def stream(self) -> int | None:
@@ -263,6 +277,11 @@ class Anatomy:
         else:
             return None
         return torch.stack(found).any(0) if found else None
+
+
+def _of_first_layer(config: Any) -> Any:
+    """A decoder's configuration; that of its first layer where each has one of its own."""
+    return config.per_layer_config[0] if getattr(config, "per_layer_config", None) else config
 
 
 def _feature_layers(config: Any) -> int | Sequence[int]:

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from ...reduction import UnsupportedError
-from .layers import cache_layers, zeroes_padding
+from .layers import REFERENCE, cache_layers, takes_index, zeroes_padding
 
 __all__ = ["check_decoder", "check_model", "no_placeholders", "takes_images"]
 
-_SERVED = {"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"}
+_SERVED = {"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp", REFERENCE}
 _LAYER_TYPES = {
     "linear_attention": "linear attention, a recurrent state into which every earlier token went",
     "mamba": "Mamba, a recurrent state into which every earlier token went",
@@ -28,14 +28,23 @@ _LAYER_TYPES = {
     "minimax_m3_sparse": "sparse attention that chooses blocks of keys",
     "compressed_sparse_attention": "attention over compressed keys",
     "heavily_compressed_attention": "attention over compressed keys",
-    "reference_sliding_attention": "a sliding window that counts generated tokens only",
 }
 """Words for the layer types of transformers' configurations that read more than a set of keys."""
 _MIXERS = {"linear_attn": "linear_attention", "mamba": "mamba", "conv": "conv", "temporal_block": "linear_attention"}
 """Modules of decoder layers whose configuration does not name a type."""
 _RECURRENT = {"linear_attention", "mamba", "conv"}
 """Kinds that are served where the module zeroes padding."""
-_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
+_CACHES = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "DynamicIndexedLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+}
+_HYBRID = {"hybrid", "hybrid_sliding"}
+"""Kinds that are served where the layer zeroes padding in its convolutions."""
 _CROSS = {
     "cross_attn",
     "gated_cross_attn_layers",
@@ -96,34 +105,39 @@ def check_decoder(kind: str, decoder: nn.Module, layers: Sequence[nn.Module], co
             attention with an index. The message names which.
     """
     text = config.get_text_config(decoder=True)
-    children = [dict(layer.named_children()) for layer in layers]
-    if any("hyper_connection" in name or name.endswith("_hc") for parts in children for name in parts):
+    if any(name.endswith("_hc") for layer in layers for name, _ in layer.named_children()):
         raise UnsupportedError(
             f"{kind} keeps several streams of hidden states per token (hyper-connections), which cannot be shortened"
         )
-    found = Counter(_kinds(text, children))
+    found = Counter(_kinds(text, layers))
     if found:
         words = " and ".join(f"{count} are {words}" for words, count in found.items())
         raise UnsupportedError(
             f"{kind}: of its {len(layers)} decoder layers {words}; visual tokens can be removed only where every layer "
             "is full or sliding-window attention"
         )
-    other = {type(layer).__name__ for layer in cache_layers(config)} - _CACHES
-    if other:
-        raise UnsupportedError(f"{kind}: its layers cache more than keys and values ({', '.join(sorted(other))})")
+    other = {type(layer) for layer in cache_layers(config) if getattr(layer, "_layer_type", None) != REFERENCE}
+    strange = sorted({cached.__name__ for cached in other} - _CACHES)
+    if strange:
+        raise UnsupportedError(f"{kind}: its layers cache more than keys and values ({', '.join(strange)})")
 
 
-def _kinds(text: Any, children: list[dict[str, nn.Module]]) -> list[str]:
+def _kinds(text: Any, layers: Sequence[nn.Module]) -> list[str]:
     """What the layers are that are not plain attention, in words."""
     found = []
-    types = getattr(text, "layer_types", None) or [None] * len(children)
-    for kind, parts in zip(types, children):
+    types = getattr(text, "layer_types", None) or [None] * len(layers)
+    for kind, layer in zip(types, layers):
+        parts = dict(layer.named_children())
         mixer = next((name for name in _MIXERS if name in parts), None)
         if mixer is not None and (kind is None or kind in _SERVED or kind not in _LAYER_TYPES):
             kind = _MIXERS[mixer]
         if kind is not None and kind not in _SERVED and (kind in _LAYER_TYPES or "self_attn" not in parts):
             module = parts.get(mixer or "mixer")
             if kind in _RECURRENT and module is not None and zeroes_padding(module):
+                continue
+            if kind in _HYBRID and zeroes_padding(layer, "conv_mask"):
+                continue
+            if kind == "indexed_attention" and takes_index(layer):
                 continue
             name = f" ({type(module).__name__})" if module is not None else ""
             found.append(_LAYER_TYPES.get(kind, f"of type {kind!r}") + name)

@@ -24,6 +24,7 @@ from ..vision.reader import VisionReader
 from .cache import LogicalLayer, check_cache
 from .call import Call, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
 from .forward_pass import ForwardPass
+from .slots import checked_visual, required_slots, visual_slots
 from .taps import places_of, tap_attention
 
 __all__ = ["DecoderSession"]
@@ -44,7 +45,7 @@ class DecoderSession(Session):
     def __init__(self, model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None):
         if not (hasattr(reducer, "decide") and hasattr(reducer, "stages")):
             raise OptionError(f"{type(reducer).__name__} is not a Reducer: it needs stages and decide(view)")
-        self.given = _checked_visual(visual)
+        self.given = checked_visual(visual)
         self.anatomy = resolve(model, text_only=visual is not None)
         self._facts = self.anatomy.without_weights()  # a kept trace must not keep the model
         super().__init__(self.anatomy.decoder)
@@ -242,7 +243,7 @@ class DecoderSession(Session):
         rows, length = inputs.shape[:2]
         cache = given_cache(args, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        visual, items = self._visual_slots(rows, length, past, kwargs)
+        visual, items = visual_slots(self.anatomy, self.given, call, rows, length, past, kwargs)
         if visual is None:
             self._text_called(cache, rows, length, past, inputs.device)
             return None
@@ -263,7 +264,7 @@ class DecoderSession(Session):
         call.forward_pass = ForwardPass(
             self.anatomy, self.reducer, rows, length, past, tokens, visual,
             build_layout(self._facts, visual, info, items), info, self._vision, cache, self._exclusive,
-            self._required(visual, length), groups, self._places,
+            required_slots(call.labels, visual, length), groups, self._places,
         )  # fmt: skip
         shared = min(self.anatomy.shared_keys, default=self.anatomy.depth)
         if "logits_to_keep" in kwargs and any(self._places.get(s, s) >= shared for s in self.reducer.stages):
@@ -278,58 +279,6 @@ class DecoderSession(Session):
         if any(isinstance(layer, LogicalLayer) for layer in getattr(cache, "layers", ())):
             tokens = torch.ones(rows, length, dtype=torch.bool, device=device)
             call.forward_pass = ForwardPass(self.anatomy, self.reducer, rows, length, past, tokens, cache=cache)
-
-    def _visual_slots(
-        self, rows: int, length: int, past: int, kwargs: dict[str, Any]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Of a prefill with images, cut to the prompt: (B, P) bool, and (B, P) long where items are numbered."""
-        if self.given is not None:
-            if past:
-                return None, None
-            if self.given.shape[1] > length or rows % self.given.shape[0]:
-                raise UnsupportedError(
-                    f"visual= is {tuple(self.given.shape)}, but the decoder was called with ({rows}, {length}) slots"
-                )
-            items = self.given.repeat_interleave(rows // self.given.shape[0], 0)
-            visual = items > 0
-            return (visual, None if self.given.dtype == torch.bool else items) if bool(visual.any()) else (None, None)
-        call = self._call
-        if call.round_forward is not None and not call.inside:
-            slots = None if past else call.round_forward.repeat_interleave(rows // len(call.round_forward), 0)
-            return slots, None
-        self._refuse_blind(length, past, kwargs)
-        slots = call.placeholders
-        if slots is None or not bool(slots.any()):
-            return None, None
-        if slots.shape != (rows, length):
-            raise UnsupportedError(
-                f"{type(self.anatomy.model).__name__}: images were looked for in {tuple(slots.shape)} slots, but the "
-                f"decoder was called with ({rows}, {length}); give the prompt whole, or visual=BoolTensor (B, S)"
-            )
-        return (slots[:, : min(length, call.prompt - past)] if call.prompt > past else slots), None
-
-    def _refuse_blind(self, length: int, past: int, kwargs: dict[str, Any]) -> None:
-        """Embeddings into which images may have been laid already: nobody says where."""
-        call = self._call
-        if (past and length == 1) or call.placeholders is not None:
-            return
-        model = call.given if call.inside else kwargs
-        if model.get("inputs_embeds") is None or model.get("input_ids") is not None or carries_images(model):
-            return
-        raise UnsupportedError(
-            f"{type(self.anatomy.model).__name__} was given inputs_embeds without pixels, so nothing tells which slots "
-            "are visual; apply(model, method, visual=BoolTensor (B, S)) says so (all False for text)"
-        )
-
-    def _required(self, visual: Tensor, length: int) -> Tensor | None:
-        """Slots from which a label is predicted must stay: (B, S) bool, None without labels."""
-        labels = self._call.labels
-        if not isinstance(labels, Tensor) or labels.shape[1] != length:
-            return None
-        learnt = labels.to(visual.device) != -100
-        if bool((learnt & visual).any()):
-            raise ValueError("labels on image placeholders: set them to -100, the model cannot learn to predict them")
-        return nn.functional.pad(learnt[:, 1:], (0, 1))
 
     def _exclusive(self) -> frozenset[int]:
         """Layers whose output only the next layer will see: their frame may be overwritten by it.
@@ -408,18 +357,6 @@ def _chunks(size: int) -> UnsupportedError:
     return UnsupportedError(
         f"prefill_chunk_size={size} feeds the prompt in chunks, but a method has to see all of it; leave it out"
     )
-
-
-def _checked_visual(visual: Any) -> Tensor | None:
-    if visual is None:
-        return None
-    whole = isinstance(visual, Tensor) and visual.dim() == 2 and visual.dtype in (torch.bool, torch.long)
-    if not whole or (visual.dtype == torch.long and bool((visual < 0).any())):
-        raise OptionError(
-            "visual= must be a BoolTensor (B, S), or a LongTensor (B, S) with 0 for text and 1, 2, ... for the images "
-            "and videos of a row"
-        )
-    return visual
 
 
 def _check(reducer: Reducer, anatomy: Anatomy) -> None:

@@ -40,8 +40,8 @@ fuzz: $(VENV)/.test-installed
 
 # What every image-text-to-text class of transformers gets from every method; build/families.json keeps it, and a stopped
 # run goes on from it.
-count-families: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.catalogue --json build/families.json
+count-families: .venv-vision/.installed
+	OMP_NUM_THREADS=1 .venv-vision/bin/python -m tests.catalogue --json build/families.json
 
 # Chromium comes from the system: Debian's, installed here when missing and one may.
 browser: $(VENV)/.browser-installed
@@ -68,19 +68,20 @@ bench: $(VENV)/.demo-installed
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest demo build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vision demo build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-.venv-oldest/.installed: TRANSFORMERS = $(OLDEST)
-.venv-newest/.installed: TRANSFORMERS = $(NEWEST)
-.venv-oldest/.installed .venv-newest/.installed: $(VENV)/.test-installed
+.venv-oldest/.installed: WANTED = --upgrade "$(OLDEST)"
+.venv-newest/.installed: WANTED = --upgrade "$(NEWEST)"
+.venv-vision/.installed: WANTED = --no-deps timm torchvision
+.venv-oldest/.installed .venv-newest/.installed .venv-vision/.installed: $(VENV)/.test-installed
 	rm -rf $(@D)
 	$(BIN)/python -m venv --without-pip $(@D)
 	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
 		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/_beneath.pth
-	$(BIN)/python -m pip --python $(@D)/bin/python -q --disable-pip-version-check install --no-compile --upgrade "$(TRANSFORMERS)"
+	$(BIN)/python -m pip --python $(@D)/bin/python -q --disable-pip-version-check install --no-compile $(WANTED)
 	@touch $@
 
 $(VENV)/.demo-installed: $(INPUTS) | $(BIN)/python

@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     parser.add_argument("--json", type=Path, help="verdicts are kept here, and a later run goes on from them")
     parser.add_argument("--impl", default="sdpa", choices=["sdpa", "eager"])
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for a class")
+    parser.add_argument("--limit", type=float, default=1500.0, help="seconds for a class")
     options = parser.parse_args()
     verdicts = json.loads(options.json.read_text())["classes"] if options.json and options.json.exists() else {}
     names, said = options.names or NAMES, time.monotonic()

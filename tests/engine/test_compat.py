@@ -55,6 +55,18 @@ def test_a_layer_is_cropped_by_a_number_to_remove_and_by_a_length_to_leave(asked
     assert layer.keys.flatten().tolist() == [0, 1, 2, 3, 4]
 
 
+def test_a_layer_is_not_cropped_where_rows_differ():
+    """Row 1 has a filler in what would go: as many tokens leave both rows, but not as many columns."""
+    layer = LogicalLayer()
+    layer.announce(torch.tensor([[0, 1, 2, 7, 8, 9], [0, 1, 7, 8, -1, 9]]), None, 10)
+    layer.update(torch.ones(2, 1, 6, 1), torch.ones(2, 1, 6, 1))
+    for length in (7, 8):
+        with pytest.raises(foveate.UnsupportedError, match="cropped"):
+            layer.crop(length)
+    layer.crop(9)
+    assert layer.kept.tolist() == [[0, 1, 2, 7, 8], [0, 1, 7, 8, -1]]
+
+
 def test_a_layer_that_is_shorter_already_stays():
     layer = LogicalLayer()
     layer.announce(torch.tensor([[0, 1, 4]]), None, 5)

@@ -54,6 +54,20 @@ def test_removed_tokens(case: tuple[str, PreTrainedModel], plan: str):
     assert_exact(model, prompt, draw_removed(prompt["input_ids"], counts))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3_window"])
+def test_ragged_rows_without_padding(name: str):
+    """transformers makes no mask then, and ours has to hide the fillers: in the prefill, after it, without a cache."""
+    model = build_once(name)
+    prompt = {key: torch.cat([value, value]) for key, value in inputs(name, model, batch=1).items()}
+    removed = draw_removed(prompt["input_ids"], {1: [7, 3]})
+    assert_exact(model, prompt, removed)
+    with MaskedReference(model, removed):
+        expected = greedy(model, prompt, steps=3)[1]
+    with foveate.apply(model, Fixed(removed)):
+        assert largest(greedy(model, prompt, steps=3, use_cache=False)[1] - expected) <= TOLERANCE
+
+
 def test_merged_tokens(case: tuple[str, PreTrainedModel]):
     """Merged tokens take the place of kept and of freed slots; rows with fewer of them are padded with -1."""
     name, model = case

@@ -80,8 +80,9 @@ def test_taps_read_the_same_rows(queries: str):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("name", ["gemma3_window", "mistral3", "aya_vision"])
-def test_an_exceeded_window_is_refused(name: str):
+def test_an_exceeded_window_is_refused(name: str, cached: bool):
     """A flash window counts stored keys, not positions: never a wrong answer."""
     model = build_once(name)
     before = footprint(model)
@@ -92,6 +93,6 @@ def test_an_exceeded_window_is_refused(name: str):
             foveate.apply(model, Fixed(draw_removed(prompt["input_ids"], {1: [4, 7]}))),
             pytest.raises(foveate.UnsupportedError, match="sdpa"),
         ):
-            model(**prompt)
+            model(**prompt, use_cache=cached)
         assert torch.equal(model(**prompt).logits, untouched)
     assert footprint(model) == before

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from tests.families import inputs
+import transformers as hf
+from tests.families import DECODER, inputs, spread_weights
 from tests.reference.checks import STEPS, TOLERANCE, build_once, greedy, greedy_by_hand, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, draw_removed
@@ -159,6 +160,22 @@ def test_compact_is_an_old_name():
         assert foveate.Random(keep=4, positions="compact") == foveate.Random(keep=4, positions="renumber")
     with pytest.raises(foveate.UnsupportedError, match="compact"):
         foveate.apply(model, Fixed({1: torch.zeros(1, 4, dtype=torch.bool)}, "compact"))
+
+
+@torch.no_grad()
+def test_renumbering_up_to_the_window():
+    """As long as no key has left the window, numbers are all there is to it."""
+    ids, visual = torch.randint(5, 140, (1, 20)), torch.zeros(1, 20, dtype=torch.bool)
+    visual[0, 4:12] = True
+    removed = {1: visual & (torch.arange(20) % 3 > 0)}
+    for window, fits in ((20, True), (19, False)):
+        model = spread_weights(hf.MistralForCausalLM(hf.MistralConfig(**DECODER, sliding_window=window)))
+        with foveate.apply(model, Fixed(removed, "renumber"), visual=visual):
+            if fits:
+                assert bool(model(input_ids=ids).logits.isfinite().all())
+                continue
+            with pytest.raises(foveate.UnsupportedError, match="window"):
+                model(input_ids=ids)
 
 
 @torch.no_grad()

@@ -85,6 +85,24 @@ def test_without_a_cache(family: tuple[str, PreTrainedModel]):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "method",
+    [foveate.SparseVLM(keep=6), foveate.VisionZip(keep=4), foveate.ToMe(keep=0.5), foveate.DART(keep=4, layer=2)],
+    ids=lambda method: type(method).__name__,
+)
+def test_methods_without_a_cache(method: foveate.Reducer):
+    model = build_once("llava")
+    prompt = inputs("llava", model)
+    with foveate.apply(model, method) as session:
+        expected = greedy(model, prompt, steps=4)[1]
+        lengths = session.trace.kv_lengths
+        assert largest(greedy(model, prompt, steps=4, use_cache=False)[1] - expected) <= TOLERANCE
+        assert session.trace.visual_tokens.shape == (2, 6)
+        model(**prompt, use_cache=False)
+        assert session.trace.kv_lengths == lengths, "keys that each layer attended to"
+
+
+@torch.no_grad()
 @some("llava", "qwen2_5_vl", "gemma3_window", "idefics3", "mistral3")
 def test_decisions_are_made_by_the_last_token_of_the_prompt(family: tuple[str, PreTrainedModel]):
     """Not by a candidate, not by a generated token: all ways to decode keep the same tokens and say the same."""

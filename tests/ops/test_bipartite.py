@@ -32,6 +32,12 @@ def mergings() -> dict[str, Merging]:
     }
 
 
+def test_of_equally_alike_tokens_the_first_merge():
+    alike = torch.ones(1, 9, 4)
+    assert soft_matching(alike, 2).kept.tolist() == [[4, 6, 8, 1, 3, 5, 7]]
+    assert energy_matching(cosines(alike), torch.ones(1, 9), 2).kept.tolist() == [[4, 5, 6, 7, 8, 1, 3]]
+
+
 @pytest.mark.parametrize("name", mergings())
 def test_merging_conserves_mass(name):
     merging = mergings()[name]

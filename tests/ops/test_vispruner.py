@@ -36,6 +36,12 @@ def test_rounds(canonical: bool, matrix: bool, monkeypatch: pytest.MonkeyPatch) 
         assert kept[i].nonzero()[:, 0].tolist() == expected
 
 
+def test_of_equal_duplicates_the_first_go() -> None:
+    order, counts = torch.arange(10)[None], torch.tensor([10])
+    kept = op.remove_duplicates(torch.ones(1, 10, 4), order, counts, torch.tensor([8]), 2)
+    assert kept[0].nonzero()[:, 0].tolist() == [1, 3, 4, 5, 6, 7, 8, 9]
+
+
 def test_the_official_code_needs_even_numbers() -> None:
     features, order = torch.randn(1, 9, 4), torch.arange(9)[None]
     with pytest.raises(ValueError, match="9 tokens"):

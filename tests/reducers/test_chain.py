@@ -8,7 +8,9 @@ import torch
 import foveate
 from foveate.reduction import TapSpec
 from tests import families
+from tests.reducers.test_matrix import one_row
 from tests.reference.checks import build_once, footprint, largest
+from tests.reference.plans import Fixed, draw_removed
 from tests.reference.renumbered import decoder_inputs, shorter_prompt
 
 
@@ -73,6 +75,25 @@ def test_behind_a_compact_member_it_is_the_second_on_the_shorter_prompt(second: 
                                 return_dict_in_generate=True, suppress_tokens=[150, 151])  # fmt: skip
     assert largest(torch.stack(actual.logits) - torch.stack(expected.logits)) <= 2e-4
     assert torch.equal(actual.sequences[:, -4:], expected.sequences[:, -4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_after_rows_of_different_length_it_is_the_second_on_each_row(name: str):
+    """DART undoes a rotation that begins at a row's first token, not at what fills a short row up."""
+    model = build_once(name)
+    prompt = families.inputs(name, model)
+    removed = draw_removed(prompt["input_ids"], {-1: [9, 16]})[-1]
+
+    def kept(prompt: dict[str, torch.Tensor], removed: torch.Tensor) -> torch.Tensor:
+        with foveate.apply(model, foveate.Chain(Fixed({-1: removed}), foveate.DART(keep=4, layer=2))) as session:
+            model(**prompt)
+        return session.trace.kept(1)
+
+    together = kept(prompt, removed)
+    for row in range(2):
+        there = prompt["attention_mask"][row].bool()
+        assert torch.equal(kept(one_row(prompt, row), removed[row, there][None])[0], together[row, there])
 
 
 class Reads(foveate.Reducer):

@@ -23,6 +23,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 import foveate
 from foveate.engine.decoder.taps import tap_attention
 from foveate.engine.undo import Undo
+from foveate.engine.vision import merging
+from foveate.engine.vision.merging import TowerReduction
 from foveate.reduction import Decision, Reducer, View
 
 KINDS: dict[str, Callable[[], Reducer]] = {
@@ -171,6 +173,33 @@ def test_a_chain_that_fails_or_is_refused_leaves_the_model_as_it_was(members: Ca
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "cross-modal", "tower alone"])
+def test_what_cannot_be_put_in_to_the_end_comes_out_again(kind: str, monkeypatch: pytest.MonkeyPatch):
+    model: nn.Module = {
+        "decoder": lambda: build_once("llava"),
+        "encoder": lambda: copy.deepcopy(build_once("llava").model.vision_tower),
+        "cross-modal": lambda: encoder("ViltModel"),
+        "tower alone": lambda: copy.deepcopy(build_once("llava").model.vision_tower),
+    }[kind]()
+    method = foveate.PuMer() if kind == "cross-modal" else foveate.ToMe(keep=0.5)
+
+    def put_in() -> None:
+        with foveate.apply(model, method) if kind != "tower alone" else TowerReduction(model, foveate.ToMe(r=3).tower):
+            assert footprint(model) != before
+
+    def fail(*call: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    before = footprint(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((merging, "tap_attention") if kind == "tower alone" else (Undo, "copied")), fail)
+        with pytest.raises(ZeroDivisionError):
+            put_in()
+    assert footprint(model) == before
+    put_in()
+    assert footprint(model) == before
+
+
 def test_several_listeners_on_one_module():
     model = build_once("llava")
     prompt, before, heard = inputs("llava", model), footprint(model), []

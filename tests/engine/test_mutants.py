@@ -15,7 +15,7 @@ from tests.reference.plans import draw_removed
 from torch import Tensor
 
 import foveate
-from foveate.engine.decoder import cache, forward_pass, frame, masks, taps
+from foveate.engine.decoder import cache, forward_pass, frame, masks, session, taps
 from foveate.engine.decoder.session import DecoderSession
 from foveate.reduction import TapSpec
 
@@ -149,7 +149,7 @@ def test_overwritten_frames_are_caught(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_forgotten_label_rule_is_caught(monkeypatch: pytest.MonkeyPatch):
     """The image token that predicts the first word of the answer is removed."""
-    monkeypatch.setattr(DecoderSession, "_required", lambda *args: None)
+    monkeypatch.setattr(session, "required_slots", lambda *args: None)
     assert _caught(lambda: test_exact.test_training(("llava", build_once("llava"))))
 
 

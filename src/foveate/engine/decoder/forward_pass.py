@@ -6,7 +6,6 @@ by slot and asks the method at its stages. Removed slots freeze at their last va
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,20 +15,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ...ops.select import put_tokens
-from ...reduction import BEFORE_LAYERS, Decision, Patches, Positions, Reducer, Tap, TapSpec, UnsupportedError, View
+from ...reduction import BEFORE_LAYERS, Positions, Tap, TapSpec, UnsupportedError
 from ..compat import check_arguments, given_cache
 from ..families.layers import positional_names, rotates
 from ..families.parts import Anatomy
-from ..layout import Layout
 from ..stopwatch import deciding
-from ..trace import StageRecord, Trace
-from ..vision.reader import VisionReader
-from .ahead import read_ahead
+from ..trace import Trace
 from .cache import LogicalLayer, logical_layer, physical_lengths
 from .frame import ActiveSet, put_rows, take_rope, take_rows
 from .masks import Reach, reduced_mask
 from .shared import SharedKeys
-from .taps import choose_rows, counted_from_first, read_rows
+from .stages import Stages
+from .taps import counted_from_first, read_rows
 
 __all__ = ["ForwardPass"]
 
@@ -39,63 +36,44 @@ class ForwardPass:
     """State of one pass of `B` rows and `S` slots; it lives from the decoder's pre-hook to its post-hook.
 
     Attributes:
-        visual: (B, P) bool for a prefill with images, else None. P <= S is the prompt: what follows it (candidates of
-            assisted decoding, tokens generated without a cache) is never shown to a method and never removed.
         tokens: (B, S) bool, not padding.
         past: logical length of the cache before this pass.
+        stages: of a prefill with images, else None. Its prompt may be shorter than S: what follows it (candidates of
+            assisted decoding, tokens generated without a cache) is never removed.
         exclusive: tells the layers whose output nobody but us and the next layer can hold, so it may be overwritten.
             Asked inside the decoder, where it is known whether somebody collects hidden states.
         required: (B, S) bool slots that must stay whatever the method says, or None.
-        tower_groups: as in `View`.
-        places: after which layer a stage is carried out, where that is not its own.
     """
 
     anatomy: Anatomy
-    reducer: Reducer
     rows: int
     length: int
     past: int
     tokens: Tensor
-    visual: Tensor | None = None
-    layout: Layout | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-    vision: VisionReader | None = None
+    stages: Stages | None = None
     cache: DynamicCache | None = None
     exclusive: Callable[[], frozenset[int]] = frozenset
     required: Tensor | None = None
-    tower_groups: Tensor | None = None
-    places: Mapping[int, int] = field(default_factory=dict)
 
     active: ActiveSet | None = None
-    trace: Trace | None = None
     first_frame: Tensor | None = None
-    _taps: dict[int, Tap] = field(default_factory=dict)
-    _state: dict[str, Any] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
     _frame: Tensor | None = None
     _mine: Tensor | None = None
     _reach: Reach | None = None
     _positions: Tensor | None = None
     _next: Tensor | None = None
-    _patches: dict[int, Patches] | None = None
-    _project: Callable[[Tensor], Tensor] | None = None
     _embeddings: Any = None
 
     def __post_init__(self) -> None:
-        stages = sorted(self.reducer.stages) if self.visual is not None else []
-        self._due: dict[int, list[int]] = {}
-        for stage in stages:
-            self._due.setdefault(self.places.get(stage, stage), []).append(stage)
+        self._due = {} if self.stages is None else self.stages.due
         self._shared = SharedKeys(self.anatomy.shared_keys, self.past, self.length)
         self._keys_per_layer = [0] * self.anatomy.depth
-        if self.visual is not None:
-            self.trace = Trace(self.anatomy.depth, self.visual, self.tokens[:, : self.prompt], self.layout)
-            self.trace.moved = dict(self.places)
 
     @property
     def prompt(self) -> int:
         """Slots of this pass that belong to the prompt."""
-        return self.length if self.visual is None else self.visual.shape[1]
+        return self.length if self.stages is None else self.stages.prompt
 
     # ------------------------------------------------------------------------------------------------- layers
     def enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -151,12 +129,14 @@ class ForwardPass:
 
     def finish(self) -> Trace | None:
         """After the decoder: the completed trace of a prefill with images, else None."""
-        if self.trace is not None:
-            if self.active is not None and self.cache is not None:
-                self._shared.remember(self.cache, self.trace, self.active)
-            stored = physical_lengths(self.cache) if self.cache is not None else []
-            self.trace.kv_lengths = stored if any(stored) else self._keys_per_layer
-        return self.trace
+        if self.stages is None:
+            return None
+        trace = self.stages.trace
+        if self.active is not None and self.cache is not None:
+            self._shared.remember(self.cache, trace, self.active)
+        stored = physical_lengths(self.cache) if self.cache is not None else []
+        trace.kv_lengths = stored if any(stored) else self._keys_per_layer
+        return trace
 
     # --------------------------------------------------------------------------------------- what a layer is handed
     def _stored(self, layer: int, cache: DynamicCache | None) -> LogicalLayer | None:
@@ -308,15 +288,14 @@ class ForwardPass:
     @deciding
     def listen(self, layer: int, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> None:
         """Attention of a tapped decoder layer passes: read the rows its stage asks for."""
-        for stage in self._due.get(layer, ()):
-            spec = self.reducer.taps.get(stage)
-            if spec is not None and spec.queries is not None:
-                self._taps[stage] = self._read(spec, module, query, key, mask, kwargs)
+        if self.stages is not None:
+            for stage, spec in self.stages.read_in(layer):
+                wanted = _widen(self.stages.rows(spec, self._active()[:, : self.prompt]), self.length, False)
+                self.stages.heard(stage, self._read(spec, wanted, module, query, key, mask, kwargs))
 
-    def _read(self, spec: TapSpec, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> Tap:
-        assert self.visual is not None
-        wanted = choose_rows(spec, self._active()[:, : self.prompt], self.visual, self._state)
-        wanted = _widen(wanted, self.length, False)
+    def _read(
+        self, spec: TapSpec, wanted: Tensor, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict
+    ) -> Tap:
         rows, valid, past = self._rows()
         reach = self._reach
         if reach is None:
@@ -335,64 +314,23 @@ class ForwardPass:
     @deciding
     def _decide(self, stage: int, hidden: Tensor) -> Tensor:
         """Ask the method, carry out what it says, write it down. Returns the frame, a new one if tokens merged."""
-        assert self.visual is not None
-        assert self.trace is not None
-        prompt, tap, stream = self.prompt, self._taps.pop(stage, None), self.anatomy.stream
-        active = self._active()[:, :prompt]
-        states = hidden if stream is None else hidden[stream]
-        patches, project = self._seen(states)
-        # Methods see one device, that of the prompt, however the layers are spread.
-        view = View(
-            stage, states[:, :prompt].to(active.device), active, self.visual, self.tokens[:, :prompt], tap, patches,
-            self.layout, self.info, self._state, project, tower_groups=self.tower_groups,
-        )  # fmt: skip
-        spec = self.reducer.taps.get(stage)
-        if spec is not None and spec.ahead:
-            view.ahead = functools.partial(read_ahead, self.anatomy, stage + 1, positions=self._positions)
-        decision = self.reducer.decide(view)
-        if decision is None:
-            decision = Decision()
-        if decision.slots is not None:
-            if stream is not None:
-                raise UnsupportedError(
-                    f"{type(self.anatomy.model).__name__} keeps several copies of the hidden states (AltUp), and a "
-                    "merged token has one; use a method that only removes"
-                )
-            hidden = self._overwrite(hidden, decision)
+        assert self.stages is not None
+        decision = self.stages.decide(stage, hidden, self._active()[:, : self.prompt], self._positions)
+        if decision.slots is not None and decision.values is not None:  # no method merges into the last slot
+            hidden = put_tokens(hidden, decision.slots, decision.values, self.prompt - 1)
         if decision.keep is not None:
-            self._remove(_checked_keep(decision.keep, active), decision.positions or self.reducer.positions)
-        self.trace.records.append(self._recorded(stage, decision))
+            self._remove(decision.keep, decision.positions or self.stages.reducer.positions)
+        self.stages.record(stage, decision, self._active()[:, : self.prompt])
         return hidden
 
-    def _recorded(self, stage: int, decision: Decision) -> StageRecord:
-        active, origin, scores = self._active()[:, : self.prompt], decision.origin, decision.scores
-        if origin is not None and decision.keep is not None:  # what stays against the method's word stands for itself
-            slots = torch.arange(origin.shape[1], device=origin.device)
-            origin = torch.where(active & ~decision.keep.to(active.device), slots, origin)
-        return StageRecord(self.places.get(stage, stage), active, origin, None if scores is None else scores.detach())
-
-    def _seen(self, hidden: Tensor) -> tuple[dict[int, Patches], Callable[[Tensor], Tensor] | None]:
-        """What was read in the vision tower, aligned once per pass, and the projector if single features have one."""
-        if self.vision is not None and self._patches is None:
-            assert self.visual is not None
-            self._patches = self.vision.patches(self.visual, self.info)
-            self._project = self.vision.projector(self._patches, hidden) if -1 in self._due else None
-        return self._patches or {}, self._project
-
-    def _overwrite(self, hidden: Tensor, decision: Decision) -> Tensor:
-        slots, values = decision.slots, decision.values
-        if slots is None or values is None or values.shape[:2] != slots.shape:
-            raise ValueError("Decision(slots=(B, m), values=(B, m, D)): both are needed, with the same B and m")
-        return put_tokens(hidden, slots, values, self.prompt - 1)  # no method merges into the last slot
-
     def _remove(self, keep: Tensor, positions: Positions) -> None:
-        keep = _widen(keep, self.length, True) & self._active()
+        keep = _widen(keep.to(self.tokens.device), self.length, True) & self._active()
         if self.required is not None:
             keep = keep | (self.required & self._active())
         prompt = self.tokens[:, : self.prompt]
         last = _widen(prompt & (prompt.flip(1).cumsum(1).flip(1) == 1), self.length, False)
-        if self.visual is not None:  # a prompt that ends with its image: the answer begins at this slot
-            keep = keep | (last & _widen(self.visual, self.length, False) & self._active())
+        if self.stages is not None:  # a prompt that ends with its image: the answer begins at this slot
+            keep = keep | (last & _widen(self.stages.visual, self.length, False) & self._active())
         count, gone = keep.sum(1), self._active() & ~keep
         # The one device sync of a stage.
         shortest, longest, total, removed, last_gone = torch.stack(
@@ -418,11 +356,3 @@ def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[t
 def _widen(mask: Tensor, length: int, value: bool) -> Tensor:
     missing = length - mask.shape[1]
     return mask if missing == 0 else nn.functional.pad(mask, (0, missing), value=value)
-
-
-def _checked_keep(keep: Tensor, active: Tensor) -> Tensor:
-    if keep.shape != active.shape or keep.dtype != torch.bool:
-        raise ValueError(
-            f"Decision.keep must be a BoolTensor {tuple(active.shape)}, got {keep.dtype} {tuple(keep.shape)}"
-        )
-    return keep.to(active.device)

@@ -25,6 +25,7 @@ from .cache import LogicalLayer, check_cache
 from .call import Call, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
 from .forward_pass import ForwardPass
 from .slots import checked_visual, required_slots, visual_slots
+from .stages import Stages
 from .taps import places_of, tap_attention
 
 __all__ = ["DecoderSession"]
@@ -261,10 +262,13 @@ class DecoderSession(Session):
         info = {**call.features, **{name: value for name, value in call.given.items() if value is not None}}
         groups = None if self._tower is None else self._tower.groups(self.anatomy, visual, info)
         call.reduced = True
+        stages = Stages(
+            self.anatomy, self.reducer, visual, tokens[:, : visual.shape[1]],
+            build_layout(self._facts, visual, info, items), info, self._vision, groups, self._places,
+        )  # fmt: skip
+        required = required_slots(call.labels, visual, length)
         call.forward_pass = ForwardPass(
-            self.anatomy, self.reducer, rows, length, past, tokens, visual,
-            build_layout(self._facts, visual, info, items), info, self._vision, cache, self._exclusive,
-            required_slots(call.labels, visual, length), groups, self._places,
+            self.anatomy, rows, length, past, tokens, stages, cache, self._exclusive, required
         )  # fmt: skip
         shared = min(self.anatomy.shared_keys, default=self.anatomy.depth)
         if "logits_to_keep" in kwargs and any(self._places.get(s, s) >= shared for s in self.reducer.stages):
@@ -278,7 +282,7 @@ class DecoderSession(Session):
             self._record(None)
         if any(isinstance(layer, LogicalLayer) for layer in getattr(cache, "layers", ())):
             tokens = torch.ones(rows, length, dtype=torch.bool, device=device)
-            call.forward_pass = ForwardPass(self.anatomy, self.reducer, rows, length, past, tokens, cache=cache)
+            call.forward_pass = ForwardPass(self.anatomy, rows, length, past, tokens, cache=cache)
 
     def _exclusive(self) -> frozenset[int]:
         """Layers whose output only the next layer will see: their frame may be overwritten by it.

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .families.images import LayoutInputs, Piece, Run, plan, runs_of
+from .families.images import Piece, plan
+from .families.layout_inputs import LayoutInputs, Run, runs_of
 
 if TYPE_CHECKING:
     from .families.parts import Anatomy

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from ...ops.attention import attention_received, attention_rows
 from ...reduction import Patches, UnsupportedError, VisionSpec
 from ..decoder.taps import tap_attention
-from ..families.images import modality
+from ..families.layout_inputs import modality
 from ..families.parts import Anatomy
 from ..families.tower import TowerPlan, check_feature_layer, check_traceable, class_token_last, is_stream, plan_tower
 from ..stopwatch import deciding

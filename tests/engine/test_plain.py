@@ -74,7 +74,11 @@ def test_every_encoder_is_served_and_given_back(name: str, impl: str):
             short = answer(model)
         assert short.shape == full.shape
         assert not torch.allclose(short, full, atol=1e-3)
-        entering = session.trace.entering
+        entering, kept = session.trace.entering, session.trace.kept()
+        assert session.reducer is reducer
+        assert kept.shape == (2, PATCHES + cls)
+        assert kept.sum(1).tolist() == [left, left]
+        assert not (cls and bool(kept[:, 0].any())), "a class token is no patch"
         assert entering[0] == PATCHES + cls
         assert all(later < earlier for earlier, later in itertools.pairwise(entering))
         assert {len(row.unique()) for row in session.trace.place} == {left + cls}

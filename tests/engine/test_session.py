@@ -216,6 +216,27 @@ def test_a_reduced_cache_needs_its_session(model: nn.Module):
         model(input_ids=prompt["input_ids"][:, -1:], **{CACHE_NAME: cache})
 
 
+@torch.no_grad()
+def test_a_cache_that_is_reset_starts_anew(model: nn.Module):
+    prompt, cache = _prompt(model), DynamicCache(config=model.config.get_text_config())
+    with foveate.apply(model, _fixed(prompt)):
+        first = model(**prompt, **{CACHE_NAME: cache}).logits
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(**prompt, **{CACHE_NAME: cache}).logits, first)
+
+
+@torch.no_grad()
+def test_a_method_of_the_model_held_beyond_the_session_is_the_plain_one(model: nn.Module):
+    prompt, options = _prompt(model), {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**prompt, **options)
+    with foveate.apply(model, _fixed(prompt)) as session:
+        model(**prompt)
+        held, trace = model.generate, session.trace
+    assert torch.equal(held(**prompt, **options), expected)
+    assert session.trace is trace, "of the last call under the session"
+
+
 def test_a_stage_beyond_the_depth_is_refused(model: nn.Module):
     removed = torch.zeros(1, 4, dtype=torch.bool)
     for stage in (6, 40, -2):

@@ -13,6 +13,7 @@ from tests.reference.plans import Watch, all_removed, draw_removed
 from torch import Tensor
 
 import foveate
+from foveate.engine.decoder.taps import counted_from_first
 from foveate.reduction import Tap, TapSpec, View, VisionSpec
 
 COUNTS = {1: [7, 9], 3: [4, 2]}
@@ -113,6 +114,21 @@ def test_queries_and_keys_reproduce_the_weights(name: str):
     key = tap.key.repeat_interleave(heads // groups, 1)
     scaling = model.get_decoder().layers[3].self_attn.scaling
     assert largest((tap.query @ key.transpose(-1, -2) * scaling).softmax(-1) - tap.weights) <= TOLERANCE
+
+
+def test_rotations_of_another_form_are_left_alone():
+    """No table of cos and sin, as in Llama 4, or no function that rotates: there is nothing to turn back with."""
+    module, numbers = build_once("llava").get_decoder().layers[0].self_attn, torch.ones(1, 4, 16)
+    for attention, rope in (
+        (module, None),
+        (module, numbers),
+        (module, (numbers[0], numbers[0])),
+        (numbers, (numbers,) * 2),
+    ):
+        tap = Tap(torch.ones(1, 1, 4), torch.ones(1, 1), None, None, torch.ones(1, 4, 1, 16), torch.ones(1, 2, 4, 16))
+        counted_from_first(attention, tap, rope, torch.tensor([1]))
+        assert bool((tap.query == 1).all())
+        assert bool((tap.key == 1).all())
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import foveate
+from foveate.engine.families.parts import resolve
 from foveate.reduction import Reducer
 
 KINDS: dict[str, Callable[[], Reducer]] = {
@@ -121,6 +122,30 @@ def test_asyncio_with_an_executor():
     with foveate.apply(model, foveate.DivPrune(keep=0.4)):
         got = asyncio.run(serve())
     assert all(largest(a - b) <= 1e-4 for a, b in zip(got, right))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_call_that_failed_in_another_thread_holds_nobody_up(kind: str):
+    model = build_once("llava")
+    prompt, layer = inputs("llava", model), model.get_decoder().layers[4]
+    if kind == "encoder":
+        model = model.model.vision_tower
+        prompt, layer = {"pixel_values": prompt["pixel_values"]}, resolve(build_once("llava")).vision_attention()[0]
+
+    def fail(*call: object) -> None:
+        raise ZeroDivisionError
+
+    session = foveate.apply(model, foveate.ToMe(keep=0.5))
+    handle = layer.register_forward_pre_hook(fail)
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(ZeroDivisionError):
+            pool.submit(model, **prompt).result()
+        handle.remove()
+        leaver = threading.Thread(target=session.remove)
+        leaver.start()
+        leaver.join(5)
+        assert not leaver.is_alive()
 
 
 @torch.no_grad()

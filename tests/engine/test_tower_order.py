@@ -31,6 +31,7 @@ from torch import Tensor
 
 import foveate
 from foveate.engine.families.parts import resolve
+from foveate.reduction import View, VisionSpec
 
 
 def assert_slots_are_judged_by_their_patches(model: Any, prompt: dict[str, Any], step: int = 3) -> None:
@@ -149,6 +150,33 @@ class TestVideos:
             batch_num_images=torch.tensor([1]), pixel_values_videos=_noise(1, 4, 3, 32, 32, seed=4),
         )  # fmt: skip
         assert_slots_are_judged_by_their_patches(build("llava_onevision"), prompt, step=5)
+
+    @torch.no_grad()
+    def test_what_fills_up_a_shorter_block_is_no_patch(self):
+        """A tile has 16 patches, a pooled frame 4."""
+        prompt = _prompt(
+            "llava_onevision", *[IMAGE_TOKEN] * 72, 11, *[VIDEO_TOKEN] * 17,
+            pixel_values=_noise(1, 5, 3, 32, 32), image_sizes=torch.tensor([[60, 50]]),
+            batch_num_images=torch.tensor([1]), pixel_values_videos=_noise(1, 4, 3, 32, 32, seed=4),
+        )  # fmt: skip
+        model, seen = build("llava_onevision"), []
+
+        class Look(foveate.Reducer):
+            stages, vision_taps = (-1,), {-1: VisionSpec("received", key=True, features=True)}
+
+            def decide(self, view: View) -> None:
+                seen.append(view)
+
+        with foveate.apply(model, Look()):
+            model(**prompt)
+        patches = seen[0].vision[-1]
+        assert patches.slots.shape[1] == 16
+        assert patches.valid.sum(1).tolist()[-4:] == [4] * 4
+        listed = patches.slots[patches.valid]
+        assert len(listed.unique()) == len(listed)
+        assert bool(seen[0].visual[0, listed].all())
+        for values in (patches.attention.mean(1), patches.key.flatten(2).norm(dim=2), patches.features.norm(dim=2)):
+            assert bool((values > 0).eq(patches.valid)[-4:].all())
 
     @torch.no_grad()
     def test_earlier_videos_are_forgotten(self):

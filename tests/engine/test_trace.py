@@ -10,6 +10,7 @@ from tests.reference.plans import Fixed, KeepAll, draw_removed
 
 import foveate
 from foveate.engine.compat import returned_cache
+from foveate.engine.trace import StageRecord, Trace
 from foveate.reduction import Decision, Reducer, View
 
 COUNTS = {0: [9, 11], 2: [6, 3], 4: [0, 0]}
@@ -76,6 +77,15 @@ def _pairs(visual: torch.Tensor) -> torch.Tensor:
     slots = torch.arange(len(visual))
     start = int(visual.int().argmax())
     return torch.where(visual, start + (slots - start) // 2 * 2, slots)
+
+
+def test_a_prompt_may_begin_with_its_image():
+    visual, active = torch.tensor([[True, True, True, False]]), torch.tensor([[True, False, True, True]])
+    trace = Trace(2, visual, torch.ones_like(visual))
+    for origin in (None, torch.tensor([[0, 0, 2, 3]])):
+        trace.records = [StageRecord(0, active, origin, None)]
+        assert trace.kept(0).tolist() == [[True, False, True, False]]
+        assert trace.origins(0).tolist() == [[0, -1 if origin is None else 0, 2, 3]]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import foveate
+from foveate.reducers._layers import resolve_layer
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("averagepool", {"keep": 0}, "keep=0"),
@@ -73,3 +74,10 @@ def test_an_unknown_option_is_named_with_the_known_ones(method: str):
     with pytest.raises(foveate.OptionError, match="colour") as error:
         foveate.build(method, keep=9, colour="red")
     assert "keep" in str(error.value)
+
+
+def test_a_layer_is_a_number_or_a_fraction_of_the_depth():
+    assert [resolve_layer(layer, 6, 1) for layer in (1, 5, 0.01, 0.5, 0.6, 0.99)] == [1, 5, 1, 3, 4, 5]
+    for layer in (0, 6):
+        with pytest.raises(foveate.OptionError, match="choose 1 to 5"):
+            resolve_layer(layer, 6, 1)

@@ -103,6 +103,14 @@ class Reads(foveate.Reducer):
         self.taps = {1: spec}
 
 
+def test_one_tap_serves_two_members():
+    """What one of them wants beyond the other is read, too."""
+    last, ahead = TapSpec("last"), TapSpec("last", ahead=True)
+    for specs in ((last, ahead), (ahead, last), (TapSpec(None, ahead=True), last), (last, TapSpec(None, ahead=True))):
+        with foveate.apply(build_once("llava"), foveate.Chain(*map(Reads, specs))) as session:
+            assert session.reducer.taps == {1: ahead}
+
+
 def test_what_cannot_go_together():
     model = build_once("llava")
     with pytest.raises(foveate.OptionError, match="at least one"):

@@ -345,6 +345,7 @@ def test_ratios_work_alone_only_in_the_sane_reading() -> None:
         ("ViltModel", "snli-ve", {1, 2, 3, 4}, [0.1, 0.3, 0.2]),
         ("MeterModel", "vqav2", {0, 1, 2}, [0.2, 0.2, 0.2]),
         ("MeterModel", "nlvr2", {0, 1, 2}, [0.3, 0.5, 0.2]),
+        ("MeterModel", "snli-ve", {0, 1, 2}, [0.3, 0.5, 0.2]),
     ],
 )
 def test_settings_of_the_paper_scale_with_depth(name: str, task: str, layers: set[int], ratios: list[float]) -> None:
@@ -358,6 +359,11 @@ def test_settings_at_full_depth() -> None:
     deep = type(anatomy)(anatomy.model, anatomy.base, anatomy.text_layers * 2, ())
     for task, layers in (("vqav2", {2, 5, 8}), ("nlvr2", {2, 5, 8}), ("snli-ve", {2, 4, 6, 8})):
         assert PuMer(task=task).encoder_layers(deep) == PuMer(task=task, faithful=True).encoder_layers(deep) == layers
+    anatomy = resolve_encoder(encoder("MeterModel"))
+    text, image = ((side * 2)[:6] for side in (anatomy.text_layers, anatomy.image_layers))
+    deep = type(anatomy)(anatomy.model, anatomy.base, text, image)
+    for task, layers in (("vqav2", {0, 1, 2, 3}), ("nlvr2", {1, 2, 3}), ("snli-ve", {0, 1, 2, 3})):
+        assert PuMer(task=task).encoder_layers(deep) == layers
 
 
 @pytest.mark.parametrize(

@@ -239,23 +239,34 @@ KNOWS_FAMILIES = ("engine/families/", "engine/cross_modal/parts.py", "train/mode
 
 
 def _branches_on_a_family(source: str) -> list[int]:
-    """Lines that compare a model's type with a name, or look for it among names written in the same file."""
+    """Lines that compare a model's type or class with a name, or look for it among names in the same file."""
     return [
         node.lineno
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Compare)
-        and "model_type" in ast.unparse(node)
-        and any(
-            (isinstance(part, ast.Name) and part.id.startswith("_"))
-            or any(isinstance(n, ast.Constant) and n.value not in ("", "model_type", None) for n in ast.walk(part))
-            for part in (node.left, *node.comparators)
+        if (
+            isinstance(node, ast.Compare)
+            and ("model_type" in ast.unparse(node) or _is_class_name(node.left))
+            and any(
+                (isinstance(part, ast.Name) and part.id.startswith("_"))
+                or any(isinstance(n, ast.Constant) and n.value not in ("", "model_type", None) for n in ast.walk(part))
+                for part in (node.left, *node.comparators)
+            )
         )
+        or (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_class_name(node.func.value))
     ]
+
+
+def _is_class_name(node: ast.AST) -> bool:
+    """`type(x).__name__`, whatever x is."""
+    return isinstance(node, ast.Attribute) and node.attr == "__name__" and isinstance(node.value, ast.Call)
 
 
 def test_branches_on_a_family_are_found():
     assert _branches_on_a_family('if config.model_type == "llava": pass') == [1]
     assert _branches_on_a_family('x = get(text, "model_type") not in _PLAIN') == [1]
+    assert _branches_on_a_family('x = type(processor).__name__.startswith("Llava")') == [1]
+    assert _branches_on_a_family('x = type(model).__name__ == "Kosmos2"') == [1]
+    assert _branches_on_a_family('raise E(f"{type(model).__name__} cannot")') == []
     assert _branches_on_a_family('x = raw.get("model_type") in CONFIG_MAPPING') == []
 
 

@@ -217,6 +217,10 @@ def test_a_companion_that_is_not_there(tmp_path: Path):
         foveate.apply(
             build_once("llava"), Recoverable(keep=5, clip=(build_once("llava"), tokenizer()), question="what")
         )
+    for kind, other, companion in (("clip", "siglip", siglip()), ("siglip", "clip", clip())):
+        method = Recoverable(keep=5, question="what", **{kind: (companion, tokenizer())})
+        with pytest.raises(foveate.OptionError, match=f"{kind}=.*: give it as {other}="):
+            foveate.apply(build_once("llava"), method)
 
 
 def test_pictures_come_back_from_a_stream_of_patches():

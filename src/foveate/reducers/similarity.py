@@ -134,6 +134,8 @@ class CompanionSimilarity:
             self._bound = anatomy.companion(model, words, self.official)
         except UnsupportedError as error:
             raise OptionError(f"{self.kind}={error}") from error
+        if self._bound.kind != self.kind:
+            raise OptionError(f"{self.kind}={type(model).__name__}: give it as {self._bound.kind}=")
 
     def _load(self, device: torch.device) -> tuple[Any, Any]:
         """Model and tokenizer on a device; copies of this scorer share them."""

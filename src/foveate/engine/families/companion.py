@@ -35,22 +35,22 @@ class Companion:
         self.model, self.tokenizer, self.official = model, tokenizer, official
         self._vision = vision
         self._pixels, self._own_pixels = normalisation(vision), normalisation(model.config.vision_config)
-        self._projects_patches = hasattr(model, "visual_projection")
-        """CLIP; SigLIP compares patches as they leave its last norm."""
+        self.kind = "clip" if hasattr(model, "visual_projection") else "siglip"
+        """SigLIP has no projection of single patches: they are compared as they leave its last norm."""
 
     def texts(self, texts: list[str]) -> Tensor:
         """Unit vectors of texts: (B, C) float32."""
         longest = self.model.config.text_config.max_position_embeddings
         words = self.tokenizer(
             texts, return_tensors="pt", truncation=True, max_length=longest,
-            padding=True if self._projects_patches and not self.official else "max_length",
+            padding=True if self.kind == "clip" and not self.official else "max_length",
         )  # fmt: skip
         names = ("input_ids", "attention_mask")
         accepted = {name: words[name].to(self.model.device) for name in names if name in words}
         if self.official:
             states = self.model.text_model(input_ids=accepted["input_ids"]).last_hidden_state[:, -1]
             return normalize(self.model.text_projection(states).float(), dim=-1)
-        if not self._projects_patches:  # SigLIP was trained on padded texts without a mask
+        if self.kind == "siglip":  # trained on padded texts without a mask
             accepted.pop("attention_mask", None)
         pooled = self.model.text_model(**accepted).pooler_output
         projection = getattr(self.model, "text_projection", None)
@@ -72,7 +72,7 @@ class Companion:
         tower = self.model.vision_model
         fitted = torch.cat([self._fit(picture.float()[None]) for picture in given]).to(self.model.device)
         states = tower(pixel_values=fitted.to(next(tower.parameters()).dtype)).last_hidden_state
-        if self._projects_patches:  # CLIP's last hidden state is not normalised yet, SigLIP's is
+        if self.kind == "clip":  # CLIP's last hidden state is not normalised yet, SigLIP's is
             states = states[:, 1:] if self.official else tower.post_layernorm(states[:, 1:])
             states = self.model.visual_projection(states)
         return normalize(states.float(), dim=-1)

@@ -204,6 +204,18 @@ def picture_in_tiles(rows, columns, side=64) -> torch.Tensor:
     return torch.cat([tiles, thumbnail])
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_tiles_that_may_lie_either_way_are_not_placed(count):
+    """Of one colour, they fit the thumbnail as a row and as a column."""
+    ids = torch.tensor([[1, *[9] * (4 * (count + 1)), 8]])
+    anatomy = toy("internvl", vision_config=tower(), image_seq_length=4)
+    layout = build_layout(anatomy, ids == 9, {"input_ids": ids, "pixel_values": torch.ones(count + 1, 3, 64, 64)})
+    (image,) = layout.images[0]
+    assert layout.known
+    assert [block.kind for block in image.blocks] == ["tile"] * count + ["thumbnail"]
+    assert [block.box for block in image.blocks[:-1]] == [None] * count
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 1), (2, 3), (3, 2), (2, 2), (1, 4), (4, 3)])
 @pytest.mark.parametrize("family", ["internvl", "aya_vision"])
 def test_how_tiles_lie_is_read_from_the_pixels(family, rows, columns):

@@ -46,6 +46,22 @@ def test_merging_is_a_loop_over_centres(mean: bool, blocked: bool, monkeypatch: 
         assert owner[i].tolist() == [best.get(j, (0, -1))[1] for j in range(20)]
 
 
+@pytest.mark.parametrize("neighbours", [3, 32])
+def test_official_merging_is_a_loop_over_centres(neighbours: int) -> None:
+    """Fewer neighbours where there are fewer; chosen tokens are neighbours of each other, never of themselves."""
+    x, key, attention = draw(2, 9, 5), draw(2, 9, 4, seed=1), draw(2, 9, seed=2).softmax(1)
+    chosen = torch.tensor([[4, 0, 7], [8, 2, 1]])
+    merged, extra = op.merge_official(x, key, attention, chosen, neighbours)
+    for i in range(2):
+        units = normalize(key[i], dim=-1)
+        for column, c in enumerate(chosen[i].tolist()):
+            near = sorted(set(range(9)) - {c}, key=lambda j: -float(units[j] @ units[c]))[:neighbours]
+            expected = x[i, c] + sum(attention[i, j] * x[i, j] for j in near)
+            torch.testing.assert_close(merged[i, column], expected, atol=1e-5, rtol=1e-4)
+        rest = sum(attention[i, j] * x[i, j] for j in set(range(9)) - set(chosen[i].tolist()))
+        torch.testing.assert_close(extra[i, 0], rest, atol=1e-5, rtol=1e-4)
+
+
 def test_spatial_samples_are_even_and_exact() -> None:
     eligible = torch.ones(1, 24, dtype=torch.bool)
     assert op.evenly_spaced(eligible, torch.tensor([4])).nonzero()[:, 1].diff().tolist() == [6, 6, 6]

@@ -85,6 +85,13 @@ def test_the_official_matching_is_the_shared_one(tokens: int) -> None:
     assert torch.equal(ours.origin(), theirs.index)
 
 
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_the_official_merge_by_score_takes_half_of_the_tokens_at_most(tokens: int) -> None:
+    scores, key, mask = random(1, tokens), random(1, tokens, 4), torch.ones(1, tokens, dtype=torch.bool)
+    assert reduce_image(scores, key, mask, 0.0, 0.9, "diff", protect_class=False).length == tokens - tokens // 2
+    assert reduce_image(scores, key, mask, 0.0, 0.9, "diff").length == tokens - (tokens - 1) // 2
+
+
 def test_two_reductions_are_one() -> None:
     scores, x = random(2, 30), random(2, 30, 6, seed=1)
     first = reduce_image(scores, random(2, 30, 4, seed=2), torch.ones(2, 30, dtype=torch.bool), 0.2, 0.3)

@@ -64,6 +64,18 @@ def test_small_images_shallow_decoders(tokens: int, target: int, depth: int):
     assert 1 <= found <= tokens
 
 
+@pytest.mark.parametrize(("low", "high"), [(64, 96), (96, 128), (128, 192)])
+def test_between_official_budgets_counts_lie_between(low: int, high: int):
+    middle = schedule.kept_counts("2.0", 576, (low + high) / 2, LAYERS, 32, None)
+    for few, count, many in zip(COUNTS["2.0"][low], middle, COUNTS["2.0"][high]):
+        assert count == pytest.approx((few + many) / 2, abs=8)
+
+
+def test_an_early_start_is_for_budgets_that_the_first_layers_would_use_up():
+    assert [schedule.needs_early_start(n / 576, LAYERS, 32) for n in (192, 64, 55, 53, 16)] == [False] * 3 + [True] * 2
+    assert not schedule.needs_early_start(0.0, (0, 6, 15), 32)
+
+
 def test_everything_kept():
     assert schedule.kept_counts("1.5", 576, 576.0, LAYERS, 32, Recycling()) == (576, 576, 576)
 

@@ -103,6 +103,43 @@ class Reads(foveate.Reducer):
         self.taps = {1: spec}
 
 
+@torch.no_grad()
+def test_what_the_second_overwrites_it_overwrites_last():
+    """Two that merge at one stage: a token merged twice is the mean of all, one merged once of its own."""
+    model = build_once("llava")
+    prompt = families.inputs("llava", model, batch=1)
+    start = int(families.visual_slots(prompt["input_ids"])[0].int().argmax())
+    frames: list[torch.Tensor] = []
+    nowhere = torch.zeros_like(prompt["attention_mask"], dtype=torch.bool)
+
+    class Pairs(foveate.Reducer):
+        """Each of the given slots becomes the mean of itself and of the one after it, which goes."""
+
+        stages = (1,)
+
+        def __init__(self, *slots: int, apart: int = 1):
+            self.slots, self.apart = torch.tensor([slots]) + start, apart
+
+        def decide(self, view: foveate.View) -> foveate.Decision:
+            frames.append(view.hidden)
+            gone = self.slots + self.apart
+            values = (view.hidden[0, self.slots] + view.hidden[0, gone]) / 2
+            return foveate.Decision(view.active & ~nowhere.scatter(1, gone, True), self.slots, values)
+
+    seen: list[torch.Tensor] = []
+    handle = model.get_decoder().layers[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with foveate.apply(model, foveate.Chain(Pairs(0, 2, 5), Pairs(0, apart=2))) as session:
+        model(**prompt)
+    handle.remove()
+    before = frames[0][0, start:]
+    assert session.trace.visual_tokens[0, 2] == 12
+    after = seen[0][0, start:]
+    torch.testing.assert_close(after[0], (before[0] + before[1] + before[2] + before[3]) / 4)
+    torch.testing.assert_close(after[5], (before[5] + before[6]) / 2)
+    assert torch.equal(after[7], before[7])
+    assert torch.equal(seen[0][0, :start], frames[0][0, :start])
+
+
 def test_one_tap_serves_two_members():
     """What one of them wants beyond the other is read, too."""
     last, ahead = TapSpec("last"), TapSpec("last", ahead=True)

@@ -207,8 +207,10 @@ def test_vilt_is_its_slow_twin(sim_method: str, style: str) -> None:
     assert largest(actual - expected) <= TOLERANCE
 
 
-def _slow_cross(layer: Any, text: Tensor, image: Tensor, heads: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Text after it looked at the image, map, keys of text and image; plain matrices."""
+def _slow_cross(
+    layer: Any, text: Tensor, image: Tensor, heads: int = 4, sim_method: str = "mean_head"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Text after it looked at the image, scores of the image, keys of text and image; plain matrices."""
 
     def look(attention: Any, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = attention.self
@@ -220,24 +222,31 @@ def _slow_cross(layer: Any, text: Tensor, image: Tensor, heads: int = 4) -> tupl
         return attention.output((maps @ v).transpose(0, 1).flatten(1)[None], x), maps, k.mean(0)
 
     text, _, text_key = look(layer.attention, text, text)
+    words, parts = text, layer.crossattention.self
     text, maps, image_key = look(layer.crossattention, text, image)
-    return text, maps, text_key, image_key
+    scores = maps[: 1 if sim_method == "first_head" else heads].mean((0, 1))
+    if sim_method in ("km", "qk"):
+        asks = (parts.key if sim_method == "km" else parts.query)(words)[0]
+        scores = image_key @ asks.unflatten(1, (heads, -1)).mean((0, 1))
+    return text, scores, text_key, image_key
 
 
-@pytest.mark.parametrize("sees", ["before", "after"])
+@pytest.mark.parametrize(
+    ("sees", "sim_method"),
+    [("before", "mean_head"), ("after", "mean_head"), ("after", "first_head"), ("before", "km"), ("before", "qk")],
+)
 @torch.no_grad()
-def test_meter_is_its_slow_twin(sees: str) -> None:
+def test_meter_is_its_slow_twin(sees: str, sim_method: str) -> None:
     model = encoder("MeterModel")
-    method, prompt = pumer(), one_row(inputs(model), 0)
+    method, prompt = pumer(sim_method=sim_method), one_row(inputs(model), 0)
     model.config.image_sees_text = sees
     try:
         states = model(**prompt, output_hidden_states=True).hidden_states
         text, image = states[0]
         for i, (one, other) in enumerate(zip(model.cross_modal_text_layers, model.cross_modal_image_layers)):
             entered = text
-            text, maps, text_key, image_key = _slow_cross(one, text, image)
+            text, scores, text_key, image_key = _slow_cross(one, text, image, sim_method=sim_method)
             if i in method.layers:
-                scores = maps.mean((0, 1))
                 groups, _ = image_groups(scores, image_key, method.prune_r, method.merge_r)
                 text = pooled(text[0], text_groups(text_key, method.merge_text))[None]
                 image = pooled(image[0], groups)[None]
@@ -359,6 +368,7 @@ def test_settings_at_full_depth() -> None:
     deep = type(anatomy)(anatomy.model, anatomy.base, anatomy.text_layers * 2, ())
     for task, layers in (("vqav2", {2, 5, 8}), ("nlvr2", {2, 5, 8}), ("snli-ve", {2, 4, 6, 8})):
         assert PuMer(task=task).encoder_layers(deep) == PuMer(task=task, faithful=True).encoder_layers(deep) == layers
+        assert PuMer(task=task)._settings(deep)[1] == [0.1, 0.3, 0.2]
     anatomy = resolve_encoder(encoder("MeterModel"))
     text, image = ((side * 2)[:6] for side in (anatomy.text_layers, anatomy.image_layers))
     deep = type(anatomy)(anatomy.model, anatomy.base, text, image)

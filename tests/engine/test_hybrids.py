@@ -16,7 +16,7 @@ from tests import catalogue
 from tests.families import DECODER, spread_weights
 from tests.reference.checks import footprint, largest
 from tests.reference.masked import MaskedReference
-from tests.reference.plans import Fixed, KeepAll
+from tests.reference.plans import Fixed, KeepAll, Watch
 from tests.reference.short import ShortReference
 from torch import Tensor
 
@@ -194,6 +194,18 @@ def test_methods_treat_a_row_in_a_batch_as_the_row_alone(name: str, method: fove
         together = _generate(model, prompt, 3)[1]
         for row in range(2):
             assert largest(together[row : row + 1] - _generate(model, catalogue.alone(prompt, row), 3)[1]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_methods_see_the_whole_prompt_where_the_decoder_goes_on_with_its_end():
+    """Layers that share keys are handed the tokens alone whose logits are wanted, unless a stage lies among them."""
+    model, prompt = _built("gemma4_shared")
+    shape, nothing = prompt["input_ids"].shape, torch.zeros_like(prompt["input_ids"], dtype=torch.bool)
+    for stages in ((4,), (5,), (1, 4)):
+        reducer = Watch({stage: nothing for stage in stages})
+        with foveate.apply(model, reducer):
+            _generate(model, prompt, 2)
+        assert [view.hidden.shape[:2] for view in reducer.views] == [shape] * len(stages)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from tests.families import inputs as family_inputs
 from tests.reference.checks import build_once, footprint
 
 import foveate
-from foveate.engine.vision.shared import SharedVision, shareable
+from foveate.engine.vision.shared import SharedVision, _same, shareable
 from foveate.evaluate.answer import answer, load
 from foveate.evaluate.data import load as data
 from foveate.evaluate.runner import Runner
@@ -18,6 +18,16 @@ from foveate.recipe import Recipe
 @pytest.fixture(scope="module")
 def vlm():
     return load("zoo:tiny-llava")
+
+
+def test_what_is_the_same():
+    numbers = torch.arange(3)
+    assert _same([numbers, {"a": 1}], [numbers.clone(), {"a": 1}])
+    others = ([numbers], [numbers, {"a": 1}, None], (numbers, {"a": 1}), [numbers + 1, {"a": 1}], [numbers, {"b": 1}],
+              [numbers.int(), {"a": 1}], [numbers, {"a": 1.0}], [numbers, {"a": 1, "b": 1}])  # fmt: skip
+    for other in others:
+        assert not _same([numbers, {"a": 1}], other)
+        assert not _same(other, [numbers, {"a": 1}])
 
 
 def test_who_may_share(vlm):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tests.families import FAMILIES, IMAGE_TOKEN, build, inputs
 from tests.reference.checks import build_once
+from transformers import image_utils
 
 import foveate
 from foveate.engine.families.parts import resolve
+from foveate.engine.families.pixels import normalisation
 from foveate.reduction import View, VisionSpec
 
 SPEC = VisionSpec(features=True, key=True, query=True)
@@ -122,6 +126,15 @@ def test_cls_row_equals_eager_attention(family: str) -> None:
         side = int(expected.shape[-1] ** 0.5)
         pooled = expected.view(*expected.shape[:2], side // 2, 2, side // 2, 2).mean((3, 5)).flatten(2)
         torch.testing.assert_close(patches.attention, pooled, atol=1e-5, rtol=1e-4)
+
+
+def test_pixels_are_normalised_as_processors_do() -> None:
+    for kind, mean, deviation in (
+        ("clip_vision_model", image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD),
+        ("siglip_vision_model", image_utils.IMAGENET_STANDARD_MEAN, image_utils.IMAGENET_STANDARD_STD),
+        ("internvl_vision", image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD),
+    ):
+        assert normalisation(SimpleNamespace(model_type=kind)) == (tuple(mean), tuple(deviation))
 
 
 def test_beams_see_their_own_image() -> None:

@@ -1,6 +1,7 @@
 """DivPrune, CDPruner, AveragePool, ToMe and PiToMe on whole models: budgets, batches, several images, odd input."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from foveate.reducers.pyramiddrop import PyramidDrop
 from foveate.reducers.tome import ToMe
 from foveate.reduction import View
 from tests import families
+from tests.reference.checks import build_once
 
 EXACT = {
     "divprune": DivPrune,
@@ -175,3 +177,63 @@ def test_average_pool_averages_cells():
     grid = view.hidden[view.visual].view(2, 2, 2, 2, -1)
     assert torch.allclose(decision.values[0], grid.mean((1, 3)).reshape(4, -1), atol=1e-6)
     assert trace.kept(-1)[view.visual].view(4, 4).nonzero().tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "averagepool",
+        "divprune",
+        "downsample",
+        "fopru",
+        "pitome",
+        "prumerge",
+        "pyramiddrop",
+        "tome",
+        "visionzip",
+        "vispruner",
+    ],
+)
+def test_positions_are_renumbered_where_the_model_allows_it(method: str):
+    for name, positions in (("llava", "renumber"), ("gemma3_window", "keep")):
+        with foveate.apply(build_once(name), foveate.build(method, keep=0.5)) as session:
+            assert session.reducer.positions == positions, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [foveate.ToMe, foveate.PiToMe])
+def test_after_any_number_of_rounds_a_merged_token_is_the_mean_of_its_members(method: Any):
+    model = build_once("llava")
+    prompt = families.inputs("llava", model)
+    visual, before = (
+        families.visual_slots(prompt["input_ids"]),
+        model(**prompt, output_hidden_states=True).hidden_states[0],
+    )
+    with foveate.apply(model, method(keep=3, where="output")) as session:
+        after = model(**prompt, output_hidden_states=True).hidden_states[0]
+    origins, kept = session.trace.origins(-1), session.trace.kept(-1)
+    assert kept.sum(1).tolist() == [3, 3]
+    for row, slot in kept.nonzero().tolist():
+        members = visual[row] & (origins[row] == slot)
+        torch.testing.assert_close(after[row, slot], before[row, members].mean(0))
+
+
+@torch.no_grad()
+def test_alpha_weighs_what_is_unlike_in_pitomes_energy():
+    """At 0 only near neighbours count, at 100 a token stands for itself: other tokens are protected."""
+    model = build_once("llava")
+    prompt, kept = families.inputs("llava", model), []
+    for alpha in (0.0, 1.0, 100.0):
+        with foveate.apply(model, foveate.PiToMe(keep=10, where="output", alpha=alpha)) as session:
+            model(**prompt)
+        kept.append(session.trace.kept(-1))
+    assert not torch.equal(kept[0], kept[2])
+
+
+@pytest.mark.parametrize("method", [foveate.ToMe, foveate.PiToMe])
+def test_a_count_of_several_tiles_cannot_be_kept_in_the_tower(method: Any):
+    with pytest.raises(foveate.OptionError, match="several tiles"):
+        foveate.apply(build_once("llava_next"), method(keep=4, where="tower"))
+    decoder = build_once("llava").get_decoder()
+    with pytest.raises(foveate.UnsupportedError, match="no vision tower"):
+        foveate.apply(decoder, method(keep=4, where="tower"), visual=torch.ones(1, 4, dtype=torch.bool))

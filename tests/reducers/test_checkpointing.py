@@ -24,6 +24,7 @@ KINDS: dict[str, Callable[[], Reducer]] = {
     **{name: (lambda make=make: make(0.4)) for name, make in METHODS.items()},
     "tome in the tower": lambda: foveate.ToMe(keep=0.5),
     "pitome in the tower": lambda: foveate.PiToMe(keep=0.5, where="tower"),
+    "tome in some layers of the tower": lambda: foveate.ToMe(keep=14),
     "downsample": lambda: foveate.Downsample(keep=0.5),
 }
 CHECKPOINTS = {"default": None, "reentrant": {"use_reentrant": True}}

@@ -275,6 +275,8 @@ def test_faithful_layers_and_counts_at_any_depth():
     assert trace.kv_lengths == [65] * 6
     _, trace = prefill(model, foveate.SparseVLM(keep=192, faithful=True, variant="1.0", scale=2.0), embeds, visual)
     assert trace.visual_tokens[0, -1] < 50
+    _, trace = prefill(llama(20), foveate.SparseVLM(keep=192, faithful=True, variant="1.0"), *prompt(50))
+    assert trace.stages == [-1, 2, 6, 15, 19]
 
 
 def test_faithful_2_0_needs_14_heads():

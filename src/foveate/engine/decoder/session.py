@@ -316,8 +316,6 @@ class DecoderSession(Session):
             trace.tower = list(self._tower.calls)
         if trace is not None:
             self._record(trace)
-        if not call.generating:  # inside generate() the features of the prompt may be needed once more
-            call.features = {}
         self._end("decoder")
         if done is not None and done.first_frame is not None:
             _show_whole_prompt(output, done.first_frame)

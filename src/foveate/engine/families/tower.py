@@ -119,7 +119,7 @@ def is_stream(anatomy: Anatomy, info: dict[str, Any], video: bool = False) -> bo
     return pixtral or _grids(info, video) is not None
 
 
-def plan_tower(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any], video: bool = False) -> TowerPlan:
+def plan_tower(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any], video: bool) -> TowerPlan:
     """How what one call of the vision encoder computed became visual tokens.
 
     Args:

@@ -41,7 +41,7 @@ class MaskedReference:
         self.removed = dict(removed)
         self.merge = dict(merge or {})
         self._handles: list[Any] = []
-        self._past = self._total = 0
+        self._past = self._total = self._stored = 0
 
     def __enter__(self) -> MaskedReference:
         for i, layer in enumerate(self.layers):
@@ -49,11 +49,13 @@ class MaskedReference:
             def enter(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict]:
                 return self._before(i, args, kwargs)
 
-            def leave(module: nn.Module, args: tuple, output: Any, i: int = i) -> Any:
+            def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any, i: int = i) -> Any:
+                cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+                self._stored = 0 if cache is None else cache.get_seq_length()
                 return self._after(i, output)
 
             self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(leave))
+            self._handles.append(layer.register_forward_hook(leave, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -76,7 +78,8 @@ class MaskedReference:
         hidden = args[0]
         if layer == 0:
             cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-            self._past = self._total if cache is not None and cache.get_seq_length() else 0
+            stored = 0 if cache is None else cache.get_seq_length()
+            self._past = self._total - max(0, self._stored - stored) if stored else 0  # cropped between two passes
             self._total = self._past + hidden.shape[-2]
             hidden = self._merged(-1, hidden)
         return self._handed(layer, hidden, kwargs)

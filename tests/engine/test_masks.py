@@ -9,7 +9,9 @@ import torch
 from tests.engine.test_from_nothing import KEYS, reach
 
 import foveate
+from foveate.engine.decoder.frame import ActiveSet
 from foveate.engine.decoder.masks import Reach, reduced_mask
+from foveate.engine.decoder.shared import SharedKeys
 
 
 def all_real(window: int | None, past: int, length: int) -> Reach:
@@ -62,6 +64,26 @@ def test_no_mask_is_made_as_long_as_the_window_holds(implementation: str, window
     else:
         with pytest.raises(foveate.UnsupportedError, match="sdpa"):
             reduced_mask(None, asked, implementation, torch.float32)
+
+
+def test_shared_keys_keep_the_window_of_their_layer_and_flash_attention_cannot_hide_among_them():
+    """A single token after them can be served: what it must not see is masked as padding."""
+    before, after = (ActiveSet.of(torch.arange(10)[None] % n > 0, k, k, k) for n, k in ((5, 8), (2, 5)))
+    for queries, implementation, served in (
+        (5, "sdpa", True),
+        (5, "flash_attention_2", False),
+        (1, "flash_attention_2", True),
+    ):
+        shared = SharedKeys({4: 2}, 0, 10)
+        shared.ran(2, replace(all_real(7, 0, 10), keys=before.index), before, None)
+        rows = (after.index[:, -queries:], None, 0)
+        if not served:
+            with pytest.raises(foveate.UnsupportedError, match="sdpa"):
+                shared.reach(4, 2, None, after, rows, queries, False, implementation)
+            continue
+        found = shared.reach(4, 2, None, after, rows, queries, False, implementation)
+        assert found.window == 7
+        assert found.keys.tolist() == [[slot if slot % 2 else -1 for slot in before.index[0].tolist()]]
 
 
 @pytest.mark.parametrize(("past", "length", "needed"), [(9, 1, False), (6, 4, True), (0, 10, False)])

@@ -279,6 +279,11 @@ def test_faithful_layers_and_counts_at_any_depth():
     assert trace.stages == [-1, 2, 6, 15, 19]
 
 
+def test_a_command_line_makes_the_variant_a_number():
+    for number in (1.0, 1.5, 2.0):
+        assert foveate.SparseVLM(keep=64, variant=number).variant == str(number)
+
+
 def test_faithful_2_0_needs_14_heads():
     embeds, visual = prompt(576)
     with pytest.raises(foveate.UnsupportedError, match="14 heads"):

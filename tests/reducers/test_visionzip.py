@@ -92,6 +92,22 @@ def test_official_order_of_tiles():
     torch.testing.assert_close(laid, view.project(expected), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_every_patch_is_carried_by_a_token_that_stays():
+    """Dominant ones by themselves, all others by one of the two contextual ones."""
+    model = build_once("llava")
+    inputs = families.inputs("llava", model)
+    visual = families.visual_slots(inputs["input_ids"])
+    with foveate.apply(model, VisionZip(keep=6, contextual=2)) as session:
+        model(**inputs)
+    origins, kept = session.trace.origins(-1), session.trace.kept(-1)
+    for row in range(2):
+        carriers, members = origins[row, visual[row]].unique(return_counts=True)
+        assert carriers.tolist() == kept[row].nonzero()[:, 0].tolist()
+        assert sorted(members.tolist())[:4] == [1] * 4
+        assert len(carriers) == 6
+
+
 def test_the_official_code_needs_a_cls_token():
     with pytest.raises(foveate.UnsupportedError, match=r"CLS token.*faithful=False"):
         tower.counts("paligemma", VisionZip(keep=8, faithful=True))

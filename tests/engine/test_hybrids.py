@@ -6,7 +6,7 @@ What counts as exact: a recurrent layer runs on the shorter sequence, attention 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -63,6 +63,12 @@ LONG = (
     "unlimited_ocr_window",
 )
 """Twenty tokens and a second turn: as they are asked for, or as a window or an index comes into play."""
+TWINS = {"qwen3_5_moe", "lfm3_vl", "gemma4_shared_window", "inkling", "inkling2", "qwen4_exp", "unlimited_ocr"}
+"""Of a kind with another one of `MODELS`."""
+
+
+def _models(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +110,12 @@ def _generate(model: Any, prompt: Mapping[str, Any], steps: int, **options: Any)
 
 
 @pytest.mark.parametrize(
-    ("name", "plan"), [(name, plan) for name in MODELS for plan in list(PLANS)[: 2 if name in SEVERAL_PLANS else 1]]
+    ("name", "plan"),
+    [
+        pytest.param(name, plan, marks=pytest.mark.slow if name in TWINS or plan != "before and inside" else ())
+        for name in MODELS
+        for plan in list(PLANS)[: 2 if name in SEVERAL_PLANS else 1]
+    ],
 )
 @torch.no_grad()
 def test_a_ragged_padded_batch_is_its_rows_alone_on_shorter_sequences(name: str, plan: str):
@@ -175,7 +186,18 @@ def test_a_second_turn_goes_on_from_the_returned_cache(name: str):
         assert largest(two_turns(prompt, question) - torch.cat(expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["lfm2_vl", "inkling2_window", "dots3_small_index", "unlimited_ocr"])
+@torch.no_grad()
+def test_candidates_that_are_taken_back_leave_no_trace_in_the_cache(name: str):
+    model, prompt = _built(name)
+    prompt = catalogue.alone(prompt, 1)
+    removed = _draw(catalogue.visual_slots(MODELS[name][0], prompt), {-1: [0.7], 1: [0.4]})
+    with foveate.apply(model, Fixed(removed)):
+        tokens = _generate(model, prompt, 12)[0]
+        assert torch.equal(_generate(model, prompt, 12, prompt_lookup_num_tokens=3)[0], tokens)
+
+
+@pytest.mark.parametrize("name", _models(MODELS))
 @torch.no_grad()
 def test_keeping_everything_is_bitwise_the_plain_model(name: str):
     model, prompt = _built(name)

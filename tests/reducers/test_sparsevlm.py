@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import foveate
+from foveate.reducers import sparsevlm
 from foveate.reduction import View
 from tests import families
 from tests.reference.checks import assert_exact, build_once, greedy, largest
@@ -342,6 +343,17 @@ def test_every_option_does_something_sane(options: dict):
     logits, trace = prefill(model, foveate.build("sparsevlm", keep=0.4, **options), embeds, visual)
     assert logits.isfinite().all()
     assert 1 <= trace.visual_tokens[0, -1] < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("neighbours", 3), ("normalise", False), ("isolation", "token"), ("assignment", "cosine")]
+)
+def test_a_detail_of_the_clusters_reaches_them(name: str, value: object, monkeypatch: pytest.MonkeyPatch):
+    asked, real = [], sparsevlm.density_peaks
+    monkeypatch.setattr(sparsevlm, "density_peaks", lambda *args, **how: asked.append(how) or real(*args, **how))
+    prefill(llama(), foveate.SparseVLM(keep=0.4, details={name: value}), *prompt(60))
+    assert asked
+    assert all(how[name] == value for how in asked)
 
 
 def test_options_stay_as_given():

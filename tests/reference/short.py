@@ -27,9 +27,9 @@ def _convolves_beside_attention(layer: Any) -> bool:
 
 
 def _cut(value: Any, left: Tensor) -> Any:
-    """A tensor (1, S, ...) at some slots; anything else as it is."""
+    """A tensor (beams, S, ...) at some slots; anything else as it is."""
     follows = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] > int(left[-1])
-    return value[:, left] if follows and value.shape[0] == 1 else value
+    return value[:, left] if follows else value
 
 
 def is_recurrent(model: nn.Module) -> bool:

@@ -32,9 +32,10 @@ _ROW_MAJOR = {"kimi_k25", "muse_glimmer", "muse_spark", "paddleocr_vl"}
 _WINDOWS_OF_PATCHES = {"muse_glimmer", "muse_spark"}
 """Of these, towers that sort single patches by windows and sort them back at their end."""
 _GROUPED = {
-    "cohere_compass", "cosmos3_edge", "cosmos3_omni", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v", "glm4v_moe",
-    "glm_ocr", "hyperclovax_vision_v2", "minimax_m3_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
-    "qwen3_omni_moe_thinker", "qwen3_vl_moe", "video_llama_3",
+    "cohere_compass", "cosmos3_edge", "cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v",
+    "glm4v_moe", "glm_ocr", "hyperclovax_vision_v2", "minimax_m3_vl", "qwen2_5_omni_thinker", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp",
+    "video_llama_3",
 }  # fmt: skip
 """Streams in which the patches that will merge follow each other, as Qwen-VL's processor lays them."""
 _MIXES = {"deepseek_ocr2": "an encoder with queries of its own", "step3p7": "overlapping convolutions"}

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow count-families fuzz test-oldest test-newest smoke-versions browser lint types structure zoo
+.PHONY: demo test test-slow compatibility fuzz test-oldest test-newest smoke-versions browser lint types structure zoo
 .PHONY: bench clean
 
 demo: $(VENV)/.demo-installed
@@ -38,10 +38,11 @@ smoke-versions: .venv-oldest/.installed .venv-newest/.installed
 fuzz: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz
 
-# What every image-text-to-text class of transformers gets from every method; build/families.json keeps it, and a stopped
-# run goes on from it.
-count-families: .venv-vision/.installed
-	OMP_NUM_THREADS=1 .venv-vision/bin/python -m tests.catalogue --json build/families.json
+# What every image-text-to-text class of transformers gets from every method, and the page that says so. A stopped run goes
+# on from build/compatibility.json.
+compatibility: .venv-vision/.installed
+	OMP_NUM_THREADS=1 .venv-vision/bin/python -m tests.catalogue --json build/compatibility.json --page docs/compatibility.md
+	cp build/compatibility.json docs/
 
 # Chromium comes from the system: Debian's, installed here when missing and one may.
 browser: $(VENV)/.browser-installed

@@ -1,4 +1,4 @@
-"""`python -m tests.catalogue`: what every image-text-to-text class gets from every method (`make count-families`).
+"""`python -m tests.catalogue`: what every image-text-to-text class gets from every method (`make compatibility`).
 
 Each class runs in a fork of its own, so that a crash or a hang costs one line. With `--json FILE`, classes that are in
 the file already are not run again.
@@ -20,7 +20,8 @@ import transformers as hf
 
 from foveate.files import write_whole
 from tests.catalogue.build import NAMES, class_name, missing
-from tests.catalogue.count import IN_DECODER, IN_TOWER, OUTSIDE, count
+from tests.catalogue.count import FEATURES, IN_DECODER, IN_TOWER, OUTSIDE, TOLERANCE, count
+from tests.catalogue.page import page
 
 _EVERY = 20.0  # seconds between lines of progress
 
@@ -36,7 +37,7 @@ def _run(name: str, impl: str, pipe: Any) -> None:
 
 def counted(name: str, impl: str, limit: float) -> dict[str, str]:
     """`count` in a fork, for at most `limit` seconds."""
-    methods = [*IN_DECODER, *IN_TOWER]
+    methods = [*IN_DECODER, *IN_TOWER, *FEATURES]
     if missing(name):
         return dict.fromkeys(methods, f"not tried: needs {', '.join(missing(name))}")
     fork = multiprocessing.get_context("fork")
@@ -72,6 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.catalogue")
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     parser.add_argument("--json", type=Path, help="verdicts are kept here, and a later run goes on from them")
+    parser.add_argument("--page", type=Path, help="write the verdicts as Markdown")
     parser.add_argument("--impl", default="sdpa", choices=["sdpa", "eager"])
     parser.add_argument("--limit", type=float, default=1500.0, help="seconds for a class")
     options = parser.parse_args()
@@ -81,17 +83,21 @@ def main() -> int:
         if name not in verdicts or options.names:
             verdicts[name] = counted(name, options.impl, options.limit)
             if options.json:
-                write_whole(options.json, json.dumps({"impl": options.impl, "classes": verdicts}, indent=1) + "\n")
+                kept = {"impl": options.impl, "transformers": hf.__version__, "classes": verdicts}
+                write_whole(options.json, json.dumps(kept, indent=1) + "\n")
         if time.monotonic() - said > _EVERY:
             print(f"{number}/{len(names)} classes", file=sys.stderr, flush=True)
             said = time.monotonic()
     shown = {name: verdicts[name] for name in names}
     print(table(shown, list(IN_DECODER), "Decoder"))
     print(table(shown, list(IN_TOWER), "Tower"))
+    print(table(shown, list(FEATURES), "Features"))
     outside = [name for name in names if name in OUTSIDE]
     print(f"Outside the sequence: {len(outside)} classes")
     for name in outside:
         print(f"  {name} ({class_name(name)}): {shown[name]['random']}")
+    if options.page:
+        write_whole(options.page, page(verdicts, hf.__version__, TOLERANCE))
     words = [found[m].split(":")[0] for found in shown.values() for m in found]
     return int(any(kind in ("wrong", "silent", "crash") for kind in words))
 

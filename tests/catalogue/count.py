@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,10 @@ from tests.reference.masked import MaskedReference
 from tests.reference.patches import disagreements
 from tests.reference.short import ShortReference, is_recurrent
 
-__all__ = ["IN_DECODER", "IN_TOWER", "OUTSIDE", "Wrong", "count", "judge"]
+__all__ = [
+    "FEATURES", "IN_DECODER", "IN_TOWER", "OUTSIDE", "Reference", "Wrong", "count", "differ", "generate", "judge",
+    "verdict",
+]  # fmt: skip
 
 IN_DECODER: dict[str, dict[str, Any]] = {
     "random": {"keep": 0.5},
@@ -43,7 +47,19 @@ class Wrong(Exception):
     """Something differs from its reference, named."""
 
 
-def _differ(what: str, found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+class Untried(Exception):
+    """The plain model fails, so there is nothing to compare with."""
+
+
+@torch.no_grad()
+def _plainly(asked: Callable[[], Any]) -> None:
+    try:
+        asked()
+    except Exception as error:
+        raise Untried(f"the plain model fails ({type(error).__name__}: {error})") from error
+
+
+def differ(what: str, found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     if found.shape != expected.shape:
         raise Wrong(f"{what}: {tuple(found.shape)} for {tuple(expected.shape)}")
     difference = (found - expected).abs().nan_to_num(float("inf")).max().item() if found.numel() else 0.0
@@ -51,7 +67,7 @@ def _differ(what: str, found: Tensor, expected: Tensor, tolerance: float = TOLER
         raise Wrong(f"{what}: {difference:.1e}")
 
 
-def _generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> Tensor:
+def generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> Tensor:
     """Logits (B, steps, V) of a greedy continuation that writes no placeholder."""
     output = model.generate(
         **{name: value.clone() for name, value in prompt.items()}, max_new_tokens=_STEPS, min_new_tokens=_STEPS,
@@ -101,7 +117,7 @@ def _gone(trace: foveate.Trace) -> dict[int, Tensor]:
     return removed
 
 
-class _Reference:
+class Reference:
     """What a plain model answers that does not look at removed tokens: all rows at once, or, where layers are recurrent
     and have no mask to hide a token behind, each row alone on what is left of it."""
 
@@ -117,7 +133,7 @@ class _Reference:
         return self._asked(prompt, lambda asked: self._model(**asked).logits, pad=True)
 
     def generate(self, prompt: dict[str, Tensor], **options: Any) -> Tensor:
-        return self._asked(prompt, lambda asked: _generate(self._model, asked, **options))
+        return self._asked(prompt, lambda asked: generate(self._model, asked, **options))
 
     def _asked(
         self, prompt: dict[str, Tensor], ask: Callable[[dict[str, Tensor]], Tensor], pad: bool = False
@@ -126,10 +142,13 @@ class _Reference:
             merges = {stage: _merging(merged) for stage, merged in self._merges.items()}
             with MaskedReference(self._model, self._removed, merges):
                 return ask(prompt)
-        length, answers = prompt["input_ids"].shape[1], []
-        for row in range(len(prompt["input_ids"])):
+        (rows, length), answers = prompt["input_ids"].shape, []
+        for row in range(rows):
             before = length - int(prompt["attention_mask"][row].sum())
-            removed = {stage: gone[row : row + 1, before:] for stage, gone in self._removed.items()}
+            removed = {
+                stage: gone[row * len(gone) // rows, None, before:]  # beams repeat each row
+                for stage, gone in self._removed.items()
+            }
             merges = {
                 stage: _merging([(slots[row : row + 1], values[row : row + 1]) for slots, values in merged], before)
                 for stage, merged in self._merges.items()
@@ -154,7 +173,7 @@ def judge(
     """
     plain, single_prompt = model(**prompt).logits, inputs(name, model, rows=1)
     # Kosmos-2 counts positions and masks of padded rows differently once there is a cache.
-    same_alone = torch.allclose(_generate(model, single_prompt)[0], _generate(model, prompt)[0], atol=1e-3)
+    same_alone = torch.allclose(generate(model, single_prompt)[0], generate(model, prompt)[0], atol=1e-3)
     merges: list[tuple[int, Tensor, Tensor]] = []
     with foveate.apply(model, foveate.build(method, **options)) as session:
         own = session.reducer.positions
@@ -164,30 +183,30 @@ def judge(
         trace = session.trace
         if trace is None or not bool(((trace.visual & trace.tokens & ~trace.active(trace.stages[-1])).any(1)).all()):
             raise Wrong("silent: nothing was removed")
-        generated = _generate(model, prompt)
+        generated = generate(model, prompt)
         if session.trace is None:
             raise Wrong("silent: generate() removed nothing")
         if without_cache == "else":
-            cacheless = _generate(model, prompt, use_cache=False)
+            cacheless = generate(model, prompt, use_cache=False)
         session.reducer.positions = own
-        renumbered = _generate(model, prompt) if own != "keep" else generated
+        renumbered = generate(model, prompt) if own != "keep" else generated
         if without_cache == "same":
-            cacheless = _generate(model, prompt, use_cache=False)
-        single = _generate(model, single_prompt)
+            cacheless = generate(model, prompt, use_cache=False)
+        single = generate(model, single_prompt)
     kept = trace.active(trace.stages[-1])
-    reference = _Reference(model, trace, merges)
+    reference = Reference(model, trace, merges)
     expected, continued = reference.forward(prompt), reference.generate(prompt)
     if without_cache == "else":
         continued_cacheless = reference.generate(prompt, use_cache=False)
     kept = kept[:, -forward.shape[1] :]
     if float((expected - plain)[kept].abs().max()) < 1e-3:
         raise Wrong("the reference shows no effect: nothing was checked")
-    _differ("forward", forward[kept], expected[kept])
-    _differ("generate", generated, continued)
+    differ("forward", forward[kept], expected[kept])
+    differ("generate", generated, continued)
     if without_cache != "nothing":
-        _differ("without cache", cacheless, renumbered if without_cache == "same" else continued_cacheless)
+        differ("without cache", cacheless, renumbered if without_cache == "same" else continued_cacheless)
     if same_alone:
-        _differ("a row alone", single[0], renumbered[0])
+        differ("a row alone", single[0], renumbered[0])
     if "keep" in options:
         with foveate.apply(model, foveate.build(method, **{**options, "keep": 1.0})):
             whole = model(**prompt).logits
@@ -197,11 +216,73 @@ def judge(
         raise Wrong("the model after the session")
 
 
-def _verdict(tried: Callable[[], None]) -> str:
+def _remember(tower: Any) -> None:
+    """Let a convolutional tower that takes seconds, and in which no method reads, run once for equal pixels."""
+    known: dict[int, Any] = {}
+    run = tower.forward
+
+    def forward(pixel_values: Tensor, **options: Any) -> Any:
+        key = hash(pixel_values.numpy().tobytes())
+        if key not in known:
+            known[key] = run(pixel_values, **options)
+        return copy.deepcopy(known[key])
+
+    tower.forward = forward
+
+
+def _eager(name: str, model: Any, prompt: dict[str, Tensor]) -> None:
+    eager = build(name, impl="eager")
+    if name == "gemma3n":
+        _remember(eager.model.vision_tower)
+    _plainly(lambda: generate(eager, prompt))
+    judge(name, eager, "fastv", IN_DECODER["fastv"], prompt, "nothing")
+
+
+def _reduced(model: Any, asked: Callable[[], Any]) -> tuple[Any, Reference]:
+    with foveate.apply(model, foveate.Random(keep=0.5)) as session:
+        session.reducer.positions = "keep"
+        found = asked()
+        return found, Reference(model, session.trace, [])
+
+
+def _beams(name: str, model: Any, prompt: dict[str, Tensor]) -> None:
+    _plainly(lambda: generate(model, prompt, num_beams=2))
+    with torch.no_grad():
+        found, reference = _reduced(model, lambda: generate(model, prompt, num_beams=2))
+        differ("beam search", found, reference.generate(prompt, num_beams=2))
+
+
+def _training(name: str, model: Any, prompt: dict[str, Tensor]) -> None:
+    """Gradients of all parameters, from the text behind the image of each row."""
+
+    def gradients(logits: Tensor) -> Tensor:
+        model.zero_grad()
+        logits[:, -8:].log_softmax(-1)[..., 5].mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    found, reference = _reduced(model, lambda: gradients(model(**prompt).logits))
+    expected = gradients(reference.forward(prompt))
+    model.zero_grad()
+    # Where recurrent layers norm what is nearly nothing, float32 noise of a padded batch grows a hundredfold.
+    tolerance = 1e-2 if is_recurrent(model) else 1e-3
+    differ("gradients", found / expected.abs().max(), expected / expected.abs().max(), tolerance)
+
+
+FEATURES: dict[str, Callable[[str, Any, dict[str, Tensor]], None]] = {
+    "eager": _eager,
+    "beams": _beams,
+    "training": _training,
+}
+"""What else is tried, with one method each: (name, model, prompt), raising `Wrong`."""
+
+
+def verdict(tried: Callable[[], None]) -> str:
     try:
         tried()
     except Wrong as error:
         return str(error) if str(error).startswith("silent") else f"wrong: {error}"
+    except Untried as error:
+        return f"not tried: {error}"
     except _OWN_ERRORS as error:
         return f"refused: {error}"
     except Exception as error:
@@ -211,33 +292,36 @@ def _verdict(tried: Callable[[], None]) -> str:
 
 
 def count(name: str, impl: str = "sdpa") -> dict[str, str]:
-    """The verdict on every method in one class: {method: words}."""
+    """The verdict on every method, and on every feature, in one class: {method or feature: words}."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build(name, impl=impl)
+        if name == "gemma3n":
+            _remember(model.model.vision_tower)
         methods = {**IN_DECODER, **IN_TOWER}
+        everything = [*methods, *FEATURES]
 
         def applied() -> None:
             foveate.apply(model, foveate.Random(keep=0.5)).remove()
 
         if name in OUTSIDE:
-            return dict.fromkeys(methods, _verdict(applied))
+            return dict.fromkeys(everything, verdict(applied))
         prompt = inputs(name, model)
         with torch.no_grad():
             try:
                 model(**prompt)  # transformers leaves its recorders in at the first call
-                plain_logits = _generate(model, prompt)
+                plain_logits = generate(model, prompt)
             except Exception as error:
-                refused = _verdict(applied)
+                refused = verdict(applied)
                 plain = f"not tried: the plain model fails ({type(error).__name__}: {error})"
-                return dict.fromkeys(methods, plain if refused == "exact" else refused)
+                return dict.fromkeys(everything, plain if refused == "exact" else refused)
             try:
-                cacheless = _generate(model, prompt, use_cache=False)
+                cacheless = generate(model, prompt, use_cache=False)
                 without_cache = "same" if torch.allclose(cacheless, plain_logits, atol=1e-3) else "else"
             except Exception:
                 without_cache = "nothing"
         verdicts = {
-            method: _verdict(lambda: judge(name, model, method, options, prompt, without_cache))  # noqa: B023
+            method: verdict(lambda: judge(name, model, method, options, prompt, without_cache))  # noqa: B023
             for method, options in methods.items()
         }
         if all(verdicts[method] == "exact" for method in IN_TOWER):
@@ -247,5 +331,7 @@ def count(name: str, impl: str = "sdpa") -> dict[str, str]:
                 if wrong or found < 3:
                     raise Wrong(f"slots and their patches: {wrong[0] if wrong else 'no patch is in any slot'}")
 
-            verdicts |= dict.fromkeys(IN_TOWER, _verdict(traced))
+            verdicts |= dict.fromkeys(IN_TOWER, verdict(traced))
+        for feature, tried in FEATURES.items():
+            verdicts[feature] = verdict(lambda: tried(name, model, prompt))  # noqa: B023
         return verdicts

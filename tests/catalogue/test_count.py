@@ -1,4 +1,4 @@
-"""A fast part of `make count-families`: a handful of classes, two methods, and the count itself."""
+"""A fast part of `make compatibility`: a handful of classes, two methods, and the count itself."""
 
 from __future__ import annotations
 

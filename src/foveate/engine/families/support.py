@@ -24,7 +24,7 @@ _LAYER_TYPES = {
     "conv": "a convolution over neighbouring tokens",
     "hybrid": "a convolution or a recurrent state beside attention",
     "hybrid_sliding": "a convolution or a recurrent state beside attention",
-    "indexed_attention": "sparse attention that chooses keys through an index of its own",
+    "indexed_attention": "sparse attention that chooses keys through an index which layers share",
     "minimax_m3_sparse": "sparse attention that chooses blocks of keys",
     "compressed_sparse_attention": "attention over compressed keys",
     "heavily_compressed_attention": "attention over compressed keys",
@@ -113,8 +113,7 @@ def check_decoder(kind: str, decoder: nn.Module, layers: Sequence[nn.Module], co
     if found:
         words = " and ".join(f"{count} are {words}" for words, count in found.items())
         raise UnsupportedError(
-            f"{kind}: of its {len(layers)} decoder layers {words}; visual tokens can be removed only where every layer "
-            "is full or sliding-window attention"
+            f"{kind}: of its {len(layers)} decoder layers {words}; visual tokens cannot be removed from their input"
         )
     other = {type(layer) for layer in cache_layers(config) if getattr(layer, "_layer_type", None) != REFERENCE}
     strange = sorted({cached.__name__ for cached in other} - _CACHES)

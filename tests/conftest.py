@@ -17,7 +17,7 @@ class _Deprecations(logging.Handler):
 
 TWINS = {
     "vipllava": "llava", "qwen2_vl": "qwen2_5_vl", "smolvlm": "idefics3", "aya_vision": "internvl",
-    "gemma3": "gemma3_window", "mistral3": "llava_next",
+    "gemma3": "gemma3_window", "mistral3": "llava_next", "glm4v": "qwen2_5_vl",
 }  # fmt: skip
 """Families that go the way of another one through all of our code: their tests are slow ones."""
 

@@ -177,6 +177,7 @@ def test_a_tampered_output_is_noticed(workshop: Path, name: str, key: str):
         _parity(name.split("/")[0])(_save(workshop, name, arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SMALL if _small(name)])
 def test_an_unknown_or_missing_array_is_noticed(workshop: Path, name: str):
     check = _parity(name.split("/")[0])

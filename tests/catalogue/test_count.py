@@ -26,6 +26,7 @@ def made(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return model, prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fastv", "sparsevlm"])
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str, method: str):

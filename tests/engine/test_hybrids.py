@@ -158,7 +158,14 @@ def _without_keys(name: str) -> list[bool]:
 
 
 # transformers reads the padding of Unlimited-OCR's prompt at the wrong slots once its window slides.
-@pytest.mark.parametrize("name", [name for name in LONG if name != "unlimited_ocr_window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ASKED else pytest.mark.slow)
+        for name in LONG
+        if name != "unlimited_ocr_window"
+    ],
+)
 @torch.no_grad()
 def test_a_second_turn_goes_on_from_the_returned_cache(name: str):
     model, prompt = _built(name)

@@ -40,6 +40,7 @@ def assert_slots_are_judged_by_their_patches(model: Any, prompt: dict[str, Any],
     assert found > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str):
     model = build(name)

@@ -32,6 +32,7 @@ def _counted(model: hf.PreTrainedModel, given: dict[str, torch.Tensor]) -> Calla
     return lambda: model(**given, logits_to_keep=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_unreduced_reduced_and_ragged(name: str):
     model = build(name, "eager")

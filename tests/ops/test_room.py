@@ -124,6 +124,7 @@ def _trimmed(result: Tensor, n: int, longer: int) -> Tensor:
     return result[:, :n] if result.dim() > 1 and result.shape[1] == longer else result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 14), room=st.integers(1, 9), size=st.sampled_from([0.0, 1.0, 1e3]))

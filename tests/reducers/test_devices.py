@@ -38,6 +38,7 @@ def decided(family: str, method: str, keep: int | float, second: str) -> tuple[T
 SECOND = [pytest.param("meta:0", marks=pytest.mark.slow, id="one device"), pytest.param("meta:1", id="two devices")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", SECOND)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", EVERYTHING)

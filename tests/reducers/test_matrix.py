@@ -136,6 +136,7 @@ def test_exact(method: str, family: str) -> None:
     assert torch.equal(tokens, expected_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()

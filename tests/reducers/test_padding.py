@@ -44,6 +44,7 @@ def outcome(model: Any, method: str, keep: int | float, prompt: dict[str, Tensor
     return kept, torch.stack([logits[row, at] for row, at in enumerate(last)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, *FAITHFUL])
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(

@@ -276,9 +276,10 @@ class ForwardPass:
             for name, padding in self.anatomy.filled_ids.items():
                 if taken.get(name) is not None:
                     taken[name] = torch.where(self.active.valid, taken[name], padding)
-        if taken.get("position_ids") is not None and "conv_mask" in taken:  # Inkling 2 scales queries by them
-            taken["position_ids"] = self._take(taken["position_ids"].expand(self.rows, -1))
-        elif taken.get("position_ids") is not None:
+        positions = taken.get("position_ids")
+        if positions is not None and positions.dim() == 2 and "conv_mask" in taken:  # Inkling 2 scales queries by them
+            taken["position_ids"] = self._take(positions.expand(self.rows, -1))
+        elif positions is not None:
             # RoPE is in position_embeddings already; FlashAttention would read gaps in the ids as packed sequences.
             ids = torch.arange(self.active.size, device=self.active.index.device)
             taken["position_ids"] = self._memo.setdefault("ids", ids.expand(self.rows, -1))

@@ -70,6 +70,7 @@ _METHODS: dict[str, st.SearchStrategy] = {
     "pumer": st.just({}), "pyramiddrop": _with(), "random": _with(seed=st.integers(0, 3)),
     "recoverable": _with(similarity=st.just("llm")),
     "sparsevlm": _with(variant=st.sampled_from(["1.0", "1.5", "2.0", "paper"])), "tome": _with(where=st.just("output")),
+    "vidcom2": _with(),
     "visionzip": _with(), "vispruner": _with(),
     "vtw": st.one_of(st.fixed_dictionaries({"layer": st.integers(0, 5)}), st.fixed_dictionaries({"keep": _KEEP})),
     "chain": _KEEP.map(lambda keep: {"keep": keep}),

@@ -226,6 +226,7 @@ def test_methods_that_work_in_the_vision_tower():
 
 @pytest.mark.parametrize(("method", "visual", "why"), [
     ("evs", 660, "acts on videos"),
+    ("vidcom2", 576, "acts on videos"),
     ("tome", 660, "cannot be followed without a model: .*needs layers like those of CLIP"),
 ])  # fmt: skip
 def test_what_cannot_be_followed_says_why(method, visual, why):

@@ -16,12 +16,13 @@ from tests import families
 from tests.engine.test_usage import _video_prompt
 from tests.reducers.encoders import encoder, inputs
 from tests.reducers.test_matrix import METHODS
+from tests.reducers.test_on_videos import METHODS as ON_VIDEOS
 from tests.reference.checks import build_once
 
 MAKES: dict[str, Callable[[], Reducer]] = {
     **{name: lambda make=make: make(0.5) for name, make in METHODS.items()},
     "downsample": lambda: foveate.Downsample(keep=0.5),
-    "evs": lambda: foveate.EVS(keep=0.5),
+    **{name: lambda make=make: make(0.5) for name, make in ON_VIDEOS.items()},
     "pitome in the tower": lambda: foveate.PiToMe(keep=0.5),
     "tome in the tower": lambda: foveate.ToMe(keep=0.5),
     "pyramiddrop faithful": lambda: foveate.PyramidDrop(faithful=True, layers=(1, 2, 3)),
@@ -31,11 +32,11 @@ MAKES: dict[str, Callable[[], Reducer]] = {
 
 
 def family(method: str) -> str:
-    return "qwen2_vl" if method == "evs" else "llava"
+    return "qwen2_vl" if method in ON_VIDEOS else "llava"
 
 
 def prompt(method: str) -> dict[str, torch.Tensor]:
-    return _video_prompt("qwen2_vl") if method == "evs" else families.inputs("llava", build_once("llava"))
+    return _video_prompt("qwen2_vl") if method in ON_VIDEOS else families.inputs("llava", build_once("llava"))
 
 
 def contents(reducer: Any) -> Any:

@@ -32,7 +32,8 @@ class Block:
     Attributes:
         kind: `"base"` the whole image, `"tile"` a part of it in higher resolution, `"thumbnail"` the whole image beside
             its tiles, `"frame"` one time step of a video.
-        slots: (h * w,) long, on the CPU: sequence slots of the patches, row by row.
+        slots: (h * w,) long, on the CPU: sequence slots of the patches, row by row; -1 for a patch that the model has
+            left out of the prompt (VideoLLaMA 3's compression).
         grid: (h, w) patches.
         box: (x0, y0, x1, y1) of the image area shown, as fractions of the image; None if the area cannot be known. The
             image is what the processor hands on: after a centre crop or padding (`families.pixels.shown`).
@@ -170,6 +171,11 @@ def _image(row: int, slots: list[int], pieces: list[Piece], known: bool = True) 
         part, start = slots[start : start + piece.length], start + piece.length
         height, width = piece.grid
         step = width + piece.newlines
+        if piece.shown is not None:
+            there = iter(part)
+            laid = [next(there) if here else -1 for here in piece.shown.tolist()]
+            blocks.append(Block(piece.kind, torch.tensor(laid), (height, width), piece.box))
+            continue
         patches = [slot for i, slot in enumerate(part) if i % step < width] if width else []
         newline += [slot for i, slot in enumerate(part) if i % step >= width]
         if patches:

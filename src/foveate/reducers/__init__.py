@@ -16,6 +16,7 @@ from .random import Random
 from .recoverable import Recoverable
 from .sparsevlm import SparseVLM, SparseVLMDetails
 from .tome import ToMe
+from .vidcom2 import VidCom2
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .vtw import VTW
@@ -41,6 +42,7 @@ __all__ = [
     "SparseVLM",
     "SparseVLMDetails",
     "ToMe",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
 ]

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..ops.select import top_k_mask
-from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Patches, Reducer, UnsupportedError, View, register
-from ._images import by_block, by_image, renumber_if_possible, take
+from ..reduction import BEFORE_LAYERS, Budget, Decision, MethodInfo, Reducer, View, register
+from ._images import renumber_if_possible
+from ._videos import check_takes_videos, videos_of
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -24,6 +25,8 @@ __all__ = ["EVS"]
 
 _FIRST = 255.0
 """Score of every patch of the first frame, as in the code."""
+_UNLIKE = 2.0
+"""1 - cosine of a patch that has none at its place in the frame before: as much as can be."""
 _NOISE = 1e-5
 
 
@@ -45,7 +48,7 @@ class EVS(Reducer):
 
     Raises:
         BudgetError: bad `keep`.
-        UnsupportedError: when applied to a model that takes no videos.
+        UnsupportedError: when applied to a model that takes no videos; a video whose frames cannot be told apart.
     """
 
     keep: int | float
@@ -56,28 +59,22 @@ class EVS(Reducer):
         self.stages = (BEFORE_LAYERS,)
 
     def prepare(self, anatomy: Anatomy) -> None:
-        if not hasattr(anatomy.base, "get_video_features"):
-            raise UnsupportedError(f"{type(anatomy.model).__name__} takes no videos, and EVS leaves images alone")
+        check_takes_videos(anatomy, "EVS")
         self.positions = renumber_if_possible(anatomy)
 
     def decide(self, view: View) -> Decision | None:
-        frames, follows = _frames(view)
-        if not len(frames.rows):
+        videos = videos_of(view)
+        if videos is None:
             return None
-        units = normalize(take(view.hidden, frames).float(), dim=-1)
-        change = 1 - (units[1:] * units[:-1]).sum(2)
+        units, valid = normalize(videos.states, dim=-1), videos.valid
+        change = 1 - (units[:, 1:] * units[:, :-1]).sum(3)
         if not self.faithful:
             change = (change / _NOISE).round() * _NOISE
-        scores = torch.full(frames.slots.shape, _FIRST, device=units.device)
-        scores[1:] = torch.where(follows[1:, None], change, _FIRST)
-        spread = frames.to_slots(torch.where(frames.valid, scores, 0.0), *view.active.shape)
-        shown = frames.to_slots(frames.valid.float(), *view.active.shape) > 0
-        videos = by_image(view)
-        place = videos.rows[:, None], videos.slots.clamp_min(0)
-        score, valid = spread[place], shown[place] & videos.valid
-        counts = self._counts(valid.sum(1), ((score == _FIRST) & valid).sum(1), valid.shape[1])
-        kept = videos.to_slots(top_k_mask(score, valid, counts).float(), *view.active.shape) > 0
-        return Decision(keep=view.active & (kept | ~shown), scores=spread)
+        scores = torch.full(valid.shape, _FIRST, device=units.device)
+        scores[:, 1:] = torch.where(valid[:, :-1], change, _UNLIKE)
+        counts = self._counts(valid.sum((1, 2)), valid[:, 0].sum(1), valid[0].numel())
+        kept = top_k_mask(scores.flatten(1), valid.flatten(1), counts)
+        return videos.decision(videos.by_frame(kept), scores)
 
     def _counts(self, tokens: Tensor, frame: Tensor, most: int) -> Tensor:
         """(I,) of `tokens` (I,), at most `most`, in frames of `frame` (I,) ones."""
@@ -91,15 +88,3 @@ class EVS(Reducer):
 def official_count(tokens: Tensor, keep: Tensor) -> Tensor:
     """The code's share of `tokens` (long): truncated, in double precision."""
     return (tokens.double() * keep).long()
-
-
-def _frames(view: View) -> tuple[Patches, Tensor]:
-    """Frames of videos (F, P), and whether each follows another one of its video (F,)."""
-    blocks = by_block(view)
-    if view.layout is None:
-        return Patches(blocks.rows[:0], blocks.slots[:0], blocks.grid[:0]), blocks.rows[:0] > 0
-    marks = [
-        (b.kind == "frame", i > 0) for row in view.layout.images for image in row for i, b in enumerate(image.blocks)
-    ]
-    is_frame, follows = (torch.tensor(part, dtype=torch.bool, device=blocks.rows.device) for part in zip(*marks))
-    return Patches(blocks.rows[is_frame], blocks.slots[is_frame], blocks.grid[is_frame]), follows[is_frame]

@@ -171,7 +171,7 @@ def canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layo
 def _cells(block: Block) -> Iterator[Cell]:
     for patch, slot in enumerate(block.slots.tolist()):
         box = block.patch_box(patch)
-        if box is not None:
+        if box is not None and slot >= 0:
             yield Cell(slot, box)
 
 

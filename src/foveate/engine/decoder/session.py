@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class DecoderSession(Session):
         if not (hasattr(reducer, "decide") and hasattr(reducer, "stages")):
             raise OptionError(f"{type(reducer).__name__} is not a Reducer: it needs stages and decide(view)")
         self.given = checked_visual(visual)
-        self.anatomy = resolve(model, text_only=visual is not None)
+        numbered = self.given is not None and self.given.dtype == torch.long
+        self.anatomy = replace(resolve(model, text_only=visual is not None), numbered=numbered)
         self._facts = self.anatomy.without_weights()  # a kept trace must not keep the model
         super().__init__(self.anatomy.decoder)
         self._vision: VisionReader | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,16 +33,20 @@ class Piece:
         grid: (h, w) patches.
         box: area of the image shown, None if unknown.
         newlines: newline slots after each row of patches.
+        shown: (h * w,) bool, patches that fill a slot; None: all of them.
     """
 
     kind: Literal["base", "tile", "thumbnail", "frame"]
     grid: tuple[int, int]
     box: tuple[float, float, float, float] | None = WHOLE
     newlines: int = 0
+    shown: Tensor | None = None
 
     @property
     def length(self) -> int:
         """Slots filled, newline slots included."""
+        if self.shown is not None:
+            return int(self.shown.sum())
         return self.grid[0] * (self.grid[1] + self.newlines)
 
 
@@ -104,17 +108,31 @@ def _frames(prompt: LayoutInputs, slots: Tensor) -> list[Stream]:
 
 
 def _grids(prompt: LayoutInputs) -> list[Stream]:
-    """Qwen-VL, GLM-4V: (t, h, w) per image or video, in patches of the tower; merge x merge of them make one slot."""
-    merge = merge_side(prompt.anatomy) or 0
-    streams = []
-    for slots, name in zip(modality(prompt.anatomy, prompt.visual, prompt.info), ("image_grid_thw", "video_grid_thw")):
-        if bool(slots.any()):
-            images: list[list[Piece]] = []
-            for t, h, w in prompt.info[name].tolist():
-                is_video = t > 1 or name == "video_grid_thw"
-                images.append([Piece("frame" if is_video else "base", (h // merge, w // merge))] * t)
-            streams.append((prompt.slots(slots), images))
+    """Qwen-VL, GLM-4V: (t, h, w) per image or video, in patches of the tower; merge x merge of them make one slot.
+
+    VideoLLaMA 3 says how many for each image, and leaves out patches that are as in the frame before.
+    """
+    info, streams = prompt.info, []
+    for slots, what in zip(modality(prompt.anatomy, prompt.visual, info), ("image", "video")):
+        if not bool(slots.any()):
+            continue
+        grids = info[f"{what}_grid_thw"].tolist()
+        merges = info.get(f"{what}_merge_sizes")
+        sides = [merge_side(prompt.anatomy) or 0] * len(grids) if merges is None else merges.tolist()
+        images: list[list[Piece]] = []
+        for (t, h, w), side in zip(grids, sides):
+            is_video = t > 1 or what == "video"
+            images.append([Piece("frame" if is_video else "base", (h // side, w // side))] * t)
+        if what == "video" and "video_compression_mask" in info:
+            images = _left_out(images, info["video_compression_mask"])
+        streams.append((prompt.slots(slots), images))
     return streams
+
+
+def _left_out(videos: list[list[Piece]], shown: Tensor) -> list[list[Piece]]:
+    """Frames of which only the patches of a mask, all videos end to end, fill a slot."""
+    parts = iter(shown.split([piece.length for frames in videos for piece in frames]))
+    return [[replace(piece, shown=next(parts)) for piece in frames] for frames in videos]
 
 
 def _native_sizes(prompt: LayoutInputs) -> list[Stream]:

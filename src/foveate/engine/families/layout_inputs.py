@@ -58,6 +58,9 @@ class LayoutInputs:
             "video_grid_thw",
             "image_sizes",
             "batch_num_images",
+            "image_merge_sizes",
+            "video_merge_sizes",
+            "video_compression_mask",
         )
         kept = {name: info[name] for name in names if info.get(name) is not None}
         kept |= {name: True for name in (*_OF_IMAGES, *_OF_VIDEOS) if name not in kept and info.get(name) is not None}

@@ -45,6 +45,7 @@ class Anatomy:
         layers: its decoder layers.
         vision: the vision tower, None for a text-only decoder.
         image_token_ids: placeholder ids of images and videos (never of sound).
+        numbered: the caller numbers the images and videos of a row himself (`visual=` of `apply`).
     """
 
     model: Any
@@ -53,6 +54,12 @@ class Anatomy:
     layers: tuple[nn.Module, ...]
     vision: nn.Module | None
     image_token_ids: tuple[int, ...]
+    numbered: bool = False
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether a video can be told from images: the model encodes it apart, or the caller numbers its frames."""
+        return self.numbered or hasattr(self.base, "get_video_features")
 
     @property
     def config(self) -> Any:

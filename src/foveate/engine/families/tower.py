@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +135,8 @@ def plan_tower(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any],
     """
     grids = _grids(info, video)
     if grids is not None:
-        return _stream_plan(anatomy, grids, info.get("video_merge_sizes" if video else "image_merge_sizes"))
+        plan = _stream_plan(anatomy, grids, info.get("video_merge_sizes" if video else "image_merge_sizes"))
+        return _compressed(plan, info.get("video_compression_mask")) if video else plan
     if video:
         return _video_plan(anatomy, blocks, tokens, info)
     if is_stream(anatomy, info):
@@ -319,6 +320,13 @@ def _stream_plan(anatomy: Anatomy, grids: Tensor, merges: Any = None) -> TowerPl
 
     index = _blocks([h * w for h, w in sizes])
     return TowerPlan(join, index, None, sum(h * w for h, w in sizes), torch.tensor(sizes))
+
+
+def _compressed(plan: TowerPlan, shown: Tensor | None) -> TowerPlan:
+    """The same where only some of the features, a mask, became visual tokens: VideoLLaMA 3."""
+    if shown is None or len(shown) != plan.features:
+        return plan
+    return replace(plan, feature=torch.where(shown, shown.cumsum(0) - 1, -1), features=int(shown.sum()))
 
 
 def _pixtral_plan(anatomy: Anatomy, image_sizes: Tensor) -> TowerPlan:

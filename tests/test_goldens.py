@@ -78,6 +78,7 @@ INPUTS = {
         "max_num_trunction", "reduction_ratio", "retain_next", "text_length",
     },
     "divprune": {"features", "ratio"},
+    "dycoke": {"features", "tokens_per_frame", "merging_ratio"},
     "evs": {"video_embeds", "thw", "spatial_merge_size", "q", "tokens_per_frame", "num_frames"},
     "fastv": {"inputs_embeds", "K", "ratio"},
     "fopru": {"attn", "tokens", "ratio", "strategy"},
@@ -104,6 +105,7 @@ SMALL = [
     "vispruner/v3_b1_n256_t60_r0", "cdpruner/c3_b1_n256_t32_m2", "divprune/d3_n100_r05", "dart/a3_qwen_rr0778",
     "pumer/a0_soft_matching", "pumer/b0_tip_and_diff", "pumer/e0_masked_softmax",
     "evs/counts", "evs/e2_t6_exact_ties_q03", "vidcom2/v0_t8_p36_r025",
+    "dycoke/y2_f9_p64_k05_odd",
 ]  # fmt: skip
 
 

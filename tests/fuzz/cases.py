@@ -65,7 +65,7 @@ def _with(**more: st.SearchStrategy) -> st.SearchStrategy:
 
 _METHODS: dict[str, st.SearchStrategy] = {
     "averagepool": _with(), "cdpruner": _with(), "dart": _with(layer=_LAYER), "divprune": _with(),
-    "downsample": _with(), "evs": _with(), "fastv": _with(layer=_LAYER), "fopru": _with(),
+    "downsample": _with(), "dycoke": _with(), "evs": _with(), "fastv": _with(layer=_LAYER), "fopru": _with(),
     "pitome": _with(where=st.just("output")), "prumerge": _with(), "prumerge+": _with(),
     "pumer": st.just({}), "pyramiddrop": _with(), "random": _with(seed=st.integers(0, 3)),
     "recoverable": _with(similarity=st.just("llm")),

@@ -16,6 +16,7 @@ from tests.reducers.test_matrix import Recorded, reference
 from tests.reference.checks import TOLERANCE, build_once, footprint, greedy, largest
 
 METHODS: dict[str, Callable[[int | float], Reducer]] = {
+    "dycoke": lambda keep: foveate.DyCoke(keep),
     "evs": lambda keep: foveate.EVS(keep),
     "vidcom2": lambda keep: foveate.VidCom2(keep),
 }
@@ -138,7 +139,7 @@ def test_a_video_whose_frames_are_not_known_is_refused(method: str, monkeypatch:
         model(**prompt)
 
 
-@pytest.mark.parametrize("keep", [0, 1.5, None])
+@pytest.mark.parametrize("keep", [0, 1.5, "many"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_budgets(method: str, keep: Any):
     with pytest.raises(foveate.BudgetError, match="keep"):

@@ -17,6 +17,7 @@ __all__ = [
     "index_mask",
     "inverse",
     "padded_indices",
+    "proportional",
     "put",
     "put_tokens",
     "ranked",
@@ -81,6 +82,23 @@ def ranks_within(groups: Tensor, eligible: Tensor, scores: Tensor | None = None)
     begins[:, 1:] = member[:, 1:] != member[:, :-1]
     place = slots - torch.where(begins, slots, 0).cummax(1).values
     return torch.empty_like(place).scatter(1, order, place).masked_fill(~eligible, groups.shape[1])
+
+
+def proportional(total: Tensor, sizes: Tensor) -> Tensor:
+    """Whole shares of `total` in proportion to `sizes`; what is left over goes to the largest remainders.
+
+    Args:
+        total: (V,) long, at most the sum of the sizes.
+        sizes: (V, T) long.
+
+    Returns:
+        (V, T) long, each at most its size, with `total` as their sum; of equal remainders the first gets more.
+    """
+    together, parts = sizes.sum(1, keepdim=True).clamp_min(1), total[:, None] * sizes
+    remainder = (parts % together).masked_fill(sizes == 0, -1)
+    place = remainder.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    whole = parts // together
+    return whole + (place < (total - whole.sum(1))[:, None]).long()
 
 
 def rounded_ratio(above: Tensor, below: Tensor | int) -> Tensor:

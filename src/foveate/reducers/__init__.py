@@ -4,6 +4,7 @@ from .cdpruner import CDPruner
 from .chain import Chain
 from .dart import DART
 from .divprune import DivPrune
+from .dycoke import DyCoke
 from .evs import EVS
 from .fastv import FastV
 from .fopru import FoPru
@@ -30,6 +31,7 @@ __all__ = [
     "Chain",
     "DivPrune",
     "Downsample",
+    "DyCoke",
     "FastV",
     "FoPru",
     "PiToMe",

@@ -23,7 +23,7 @@ from tests.reference.short import ShortReference, is_recurrent
 
 __all__ = [
     "FEATURES", "IN_DECODER", "IN_TOWER", "OUTSIDE", "Reference", "Wrong", "count", "differ", "generate", "judge",
-    "verdict",
+    "recorded", "verdict",
 ]  # fmt: skip
 
 IN_DECODER: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def generate(model: Any, prompt: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _recorded(session: Any, merges: list[tuple[int, Tensor, Tensor]]) -> Iterator[None]:
+def recorded(session: Any, merges: list[tuple[int, Tensor, Tensor]]) -> Iterator[None]:
     """Writes down what the method merges, (stage, slots, values), so that a reference can be told the same."""
     decide = session.reducer.decide
 
@@ -95,15 +95,20 @@ def _recorded(session: Any, merges: list[tuple[int, Tensor, Tensor]]) -> Iterato
         del session.reducer.decide
 
 
-def _merging(merged: list[tuple[Tensor, Tensor]], before: int = 0) -> Callable[[Tensor], Tensor]:
-    """Writes merged tokens (B, m, D) into their slots (B, m) of hidden states that begin at slot `before`."""
+def _merging(
+    merged: list[tuple[Tensor, Tensor]], before: int = 0, streams_first: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Writes merged tokens (B, m, D) into their slots (B, m) of hidden states that begin at slot `before`.
+
+    Hidden states are (B, S, D), or several of each token: (streams, B, S, D) with `streams_first`, else the other way.
+    """
 
     def merge(hidden: Tensor) -> Tensor:
-        new = hidden.clone()
+        new = (hidden.permute(1, 2, 0, 3) if streams_first else hidden).clone()
         for slots, values in merged:
             for row, (mine, value) in enumerate(zip(slots, values)):
-                new[row, mine[mine >= 0] - before] = value[mine >= 0].to(hidden)
-        return new
+                new[row, mine[mine >= 0] - before] = value[mine >= 0].to(hidden).view(-1, *new.shape[2:])
+        return new.permute(2, 0, 1, 3) if streams_first else new
 
     return merge
 
@@ -139,7 +144,8 @@ class Reference:
         self, prompt: dict[str, Tensor], ask: Callable[[dict[str, Tensor]], Tensor], pad: bool = False
     ) -> Tensor:
         if not self._row_by_row:
-            merges = {stage: _merging(merged) for stage, merged in self._merges.items()}
+            first = any("altup" in part for part, _ in self._model.named_modules())
+            merges = {stage: _merging(merged, 0, first) for stage, merged in self._merges.items()}
             with MaskedReference(self._model, self._removed, merges):
                 return ask(prompt)
         (rows, length), answers = prompt["input_ids"].shape, []
@@ -178,7 +184,7 @@ def judge(
     with foveate.apply(model, foveate.build(method, **options)) as session:
         own = session.reducer.positions
         session.reducer.positions = "keep"  # what a masked twin can be told
-        with _recorded(session, merges):
+        with recorded(session, merges):
             forward = model(**prompt).logits
         trace = session.trace
         if trace is None or not bool(((trace.visual & trace.tokens & ~trace.active(trace.stages[-1])).any(1)).all()):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from tests import catalogue
+from tests.catalogue.count import Reference, judge, recorded
 from tests.families import DECODER, spread_weights
 from tests.reference.checks import footprint, largest
 from tests.reference.masked import MaskedReference
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import foveate
 from foveate.engine.compat import CACHE_NAME, returned_cache
+from foveate.reduction import Decision, View
 
 TOLERANCE = 1e-3
 """Of logits: a delta rule in a batch and alone differs by some 1e-4 in float32."""
@@ -44,6 +46,9 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen4_exp_ngrams": ("qwen4_exp", {"ple_layer_ids": [1, 5], "eos_token_id": 2}),
     # Many heads, or the index would find many tokens equally good: none.
     "dots3_small_index": ("dots3_note", {"index_topk": 8, "index_n_heads": 32}),
+    # An index over pools of neighbours, shared by layers, and several streams of hidden states.
+    "glm5_next": ("glm5_next", {}),
+    "glm5_next_small_index": ("glm5_next", {"index_topk": 8, "index_kpool": 2, "index_n_heads": 16}),
     "unlimited_ocr": ("unlimited_ocr", {}),
     "unlimited_ocr_window": ("unlimited_ocr", {"sliding_window": 4}),
 }
@@ -60,10 +65,13 @@ LONG = (
     "inkling2_window",
     "qwen4_exp_small_index",
     "dots3_small_index",
+    "glm5_next_small_index",
     "unlimited_ocr_window",
 )
 """Twenty tokens and a second turn: as they are asked for, or as a window or an index comes into play."""
-TWINS = {"qwen3_5_moe", "lfm3_vl", "gemma4_shared_window", "inkling", "inkling2", "qwen4_exp", "unlimited_ocr"}
+TWINS = {
+    "qwen3_5_moe", "lfm3_vl", "gemma4_shared_window", "inkling", "inkling2", "qwen4_exp", "glm5_next", "unlimited_ocr",
+}  # fmt: skip
 """Of a kind with another one of `MODELS`."""
 
 
@@ -248,6 +256,23 @@ def test_attention_is_read_in_the_nearest_layer_that_has_some_and_the_trace_says
     assert session.trace.scores(1) is not None
 
 
+@torch.no_grad()
+def test_nothing_is_removed_between_a_layer_with_an_index_and_the_next_that_takes_it_over():
+    if not catalogue.known("glm5_next"):
+        pytest.skip("this transformers has no glm5_next")
+    kinds = ["linear_attention", "indexed_attention", "indexed_attention"] * 2
+    small = {"index_topk": 8, "index_kpool": 2, "index_n_heads": 16, "indexer_types": ["full", "full", "shared"] * 2}
+    model = catalogue.build("glm5_next", text={**small, "layer_types": kinds})
+    prompt = catalogue.inputs("glm5_next", model)
+    judge("glm5_next", model, "fastv", {"keep": 0.5, "layer": 4}, prompt)
+    judge("glm5_next", model, "sparsevlm", {"keep": 0.5, "layers": [1, 3]}, prompt)
+    judge("glm5_next", model, "vtw", {"layer": 5}, prompt)
+    for stage, place in ((1, 2), (4, 5)):  # the nearest layers that attend are 2, and 2 and 5
+        with foveate.apply(model, foveate.FastV(keep=4, layer=stage + 1)) as session:
+            model(**prompt)
+        assert session.trace.moved == {stage: place}
+
+
 def test_attention_that_no_later_layer_has_is_refused():
     model, _ = _built("qwen3_5")
 
@@ -290,17 +315,44 @@ class TestCopiesOfTheHiddenStates:
         assert largest(plain[:, -1] - expected[:, 0]) > 1e-2
         assert torch.equal(model(**prompt).logits, plain)
 
-    def test_merged_tokens_are_refused(self):
+    @pytest.mark.parametrize("assigned", ["euclidean", "cosine"])
+    @torch.no_grad()
+    def test_tokens_are_merged_in_every_copy(self, assigned: str):
+        model, prompt = _gemma3n(0), {"input_ids": self.ids, "attention_mask": self.mask}
+        visual = self.visual.roll(2, 1) | self.visual.roll(-2, 1)  # 16, of which several are merged
+        method = foveate.SparseVLM(
+            keep=6, layers=[0, 2], details={"tau": 1.0, "assignment": assigned}, positions="keep"
+        )
+        merges: list[Any] = []
+        with foveate.apply(model, method, visual=visual) as session, recorded(session, merges):
+            actual = model(**prompt).logits
+            trace = session.trace
+        assert merges
+        assert merges[0][2].shape[-1] == 2 * 64
+        kept = trace.active(2)
+        expected = Reference(model, trace, merges).forward(prompt)
+        assert largest(actual[kept] - expected[kept]) <= TOLERANCE
+        only_removed = Reference(model, trace, []).forward(prompt)
+        assert largest(expected[:, -1] - only_removed[:, -1]) > 1e-3
+
+    def test_a_method_that_merges_one_copy_is_refused(self):
         model = _gemma3n(0)
+
+        class Mean(foveate.Reducer):
+            stages = (1,)
+
+            def decide(self, view: View) -> Decision:
+                slots = torch.full((len(view.active), 1), 8)
+                return Decision(slots=slots, values=view.hidden[:, 8:20].mean(1, keepdim=True))
+
         with (
-            foveate.apply(model, foveate.SparseVLM(keep=4), visual=self.visual),
-            pytest.raises(foveate.UnsupportedError, match="several copies of the hidden states"),
+            foveate.apply(model, Mean(), visual=self.visual),
+            pytest.raises(foveate.UnsupportedError, match=r"2 hidden states of each token, and Mean merges one"),
         ):
             model(input_ids=self.ids, attention_mask=self.mask)
 
 
 REFUSED = {
-    "glm5_next": "several streams of hidden states per token",
     "mistral_large4": "sparse attention that chooses keys",
 }
 

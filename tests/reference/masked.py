@@ -62,6 +62,9 @@ class MaskedReference:
         for handle in self._handles:
             handle.remove()
 
+    def _tokens_of(self, hidden: Tensor) -> int:
+        return hidden.shape[1 if hasattr(self.layers[0], "attn_hc") else -2]  # (B, S, streams, D)
+
     @staticmethod
     def _pinned(layer: int, kwargs: dict) -> int:
         """Slots of the prompt that stay in front of a mask whose window slides behind them (Unlimited-OCR)."""
@@ -69,7 +72,7 @@ class MaskedReference:
         return 0 if cache is None else getattr(cache.layers[layer], "prefill_length", None) or 0
 
     def _merged(self, stage: int, hidden: Tensor) -> Tensor:
-        is_prefill = hidden.shape[1] > 1
+        is_prefill = self._tokens_of(hidden) > 1
         return self.merge[stage](hidden) if stage in self.merge and is_prefill else hidden
 
     def _before(self, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -80,7 +83,7 @@ class MaskedReference:
             cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
             stored = 0 if cache is None else cache.get_seq_length()
             self._past = self._total - max(0, self._stored - stored) if stored else 0  # cropped between two passes
-            self._total = self._past + hidden.shape[-2]
+            self._total = self._past + self._tokens_of(hidden)
             hidden = self._merged(-1, hidden)
         return self._handed(layer, hidden, kwargs)
 

@@ -15,11 +15,12 @@ from tests.reference.masked import MaskedReference
 __all__ = ["ShortReference", "is_recurrent"]
 
 _RECURRENT = ("linear_attn", "conv", "mamba")
+_KINDS = ("linear_attention", "indexed_attention")
+"""Of layers that say their kind themselves: an index pools neighbours (GLM-5), so a hidden token would leave a hole."""
 
 
 def _recurs(layer: Any) -> bool:
-    kind = getattr(layer, "block_type", None)
-    return kind == "linear_attention" or any(hasattr(layer, name) for name in _RECURRENT)
+    return getattr(layer, "block_type", None) in _KINDS or any(hasattr(layer, name) for name in _RECURRENT)
 
 
 def _convolves_beside_attention(layer: Any) -> bool:
@@ -59,7 +60,7 @@ class ShortReference(MaskedReference):
 
     def _handed(self, layer: int, hidden: Tensor, kwargs: dict) -> tuple[tuple, dict]:
         module, gone = self.layers[layer], self._gone(layer)
-        hybrid = _convolves_beside_attention(module)
+        hybrid = _convolves_beside_attention(module) and not _recurs(module)
         if not _recurs(module) and not hybrid:
             return super()._handed(layer, hidden, kwargs)
         left = self._left(hidden, gone)
@@ -69,6 +70,8 @@ class ShortReference(MaskedReference):
             hidden = hidden[:, left]
         # A single row without padding.
         kwargs = {**kwargs, "conv_mask" if "conv_mask" in kwargs else "attention_mask": None}
+        if getattr(module, "block_type", None) == "indexed_attention":
+            kwargs["attention_mask"] = torch.ones(hidden.shape[:2], dtype=torch.bool)
         if hybrid:
             kwargs["attention_mask"] = self._own_mask(layer, hidden.shape[1], left, kwargs)
         return (hidden,), kwargs
@@ -93,8 +96,10 @@ class ShortReference(MaskedReference):
         if self._whole is None:
             return super()._after(layer, output)
         whole, self._whole = self._whole.clone(), None
-        whole[:, self._left(whole, self._gone(layer))] = output
-        return self._merged(layer, whole)
+        new = output[0] if isinstance(output, tuple) else output
+        whole[:, self._left(whole, self._gone(layer))] = new
+        whole = self._merged(layer, whole)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     def _left(self, hidden: Tensor, gone: Tensor | None) -> Tensor | None:
         """Slots of a prompt that are left, None where all are; what follows the prompt is never removed."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.select import put_tokens
-from ..reduction import Decision, OptionError, Positions, Reducer, TapSpec, View, VisionSpec, bind
+from ..reduction import Decision, OptionError, Positions, Reducer, TapSpec, UnsupportedError, View, VisionSpec, bind
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -99,6 +99,11 @@ def _both(a: VisionSpec, b: VisionSpec, layer: int) -> VisionSpec:
 def _carried_out(view: View, decision: Decision) -> View:
     hidden, active = view.hidden, view.active
     if decision.slots is not None and decision.values is not None:
+        if view.streams is not None:
+            raise UnsupportedError(
+                "this model keeps several hidden states of each token; there, a Chain cannot go on in the same layer "
+                "after a member that merges"
+            )
         hidden = put_tokens(hidden, decision.slots, decision.values, hidden.shape[1] - 1)
     if decision.keep is not None:
         active = active & decision.keep

@@ -127,7 +127,7 @@ class SparseVLM(Options):
         if not most:
             return Decision(keep=view.active & (chosen | ~view.visual), scores=scores)
         merged = self.merge_tokens(view, members, clusters, most)
-        laid = official_order(view.hidden, chosen, merged) if self.faithful else slot_order(chosen, merged)
+        laid = official_order(view.states, chosen, merged) if self.faithful else slot_order(chosen, merged)
         in_use, slots, values, origin = laid
         own = torch.arange(origin.shape[1], device=origin.device)
         origin = torch.where(view.active & ~view.visual, own, origin)
@@ -248,10 +248,10 @@ class SparseVLM(Options):
 
     def merge_tokens(self, view: View, members: Tensor, counts: Tensor, most: int) -> Merged:
         """Cluster the states at the slots `members` (B, P), -1 for padding, into `counts` (B,) tokens."""
-        states = view.hidden[torch.arange(len(members), device=members.device)[:, None], members.clamp_min(0)]
+        row = torch.arange(len(members), device=members.device)[:, None]
         choices = self.choices
         clusters = density_peaks(
-            states,
+            view.hidden[row, members.clamp_min(0)],
             members >= 0,
             counts,
             most,
@@ -262,7 +262,7 @@ class SparseVLM(Options):
             guarded=not self.faithful,
         )
         centres = members.gather(1, clusters.centres.clamp_min(0)).masked_fill(clusters.centres < 0, -1)
-        merged = merge_clusters(states, members >= 0, clusters, choices.merge)
+        merged = merge_clusters(view.states[row, members.clamp_min(0)], members >= 0, clusters, choices.merge)
         return Merged(members, clusters.assignment, centres, merged)
 
 

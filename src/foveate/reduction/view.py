@@ -152,6 +152,8 @@ class View:
         ahead: of `hidden` and `active`, the attention row of the last token in the next layer (`TapSpec.ahead`).
         tower_groups: (B, S) long, for a method whose tower works on fewer tokens (`Reducer.tower`): slots of a row with
             the same number show one token of the tower; -1 for all other slots. None: the tower did not run.
+        streams: (B, S, C * D), where a decoder has C hidden states of each token side by side (Gemma 3n, hyper-
+            connections) and `hidden` is one of them, or their mean. None: there is one.
     """
 
     stage: int
@@ -167,6 +169,12 @@ class View:
     project: Callable[[Tensor], Tensor] | None = None
     ahead: Callable[[Tensor, Tensor], Tap] | None = None
     tower_groups: Tensor | None = None
+    streams: Tensor | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """(B, S, D), or (B, S, C * D): what a merged token is made of; `hidden` is what tokens are compared by."""
+        return self.hidden if self.streams is None else self.streams
 
     @property
     def active_visual(self) -> Tensor:

@@ -36,6 +36,7 @@ class LogicalLayer(DynamicLayer):
         next: (B, 1) position of the next token in this layer, None where the model's own positions hold.
         total: logical length, removed tokens included.
         filled: whether any stored key may be a filler.
+        running: whether its decoder layer runs right now.
         until: (B, n) first decoder layer that must not see a stored key, where later layers share the keys of this
             one and tokens were removed in between; None: all see all.
     """
@@ -52,11 +53,12 @@ class LogicalLayer(DynamicLayer):
         self.filled = False
         self.until: Tensor | None = None
         self.record_past = False
+        self.running = False
         self._announced: tuple[Tensor, Tensor | None, int] | None = None
 
     def announce(self, kept: Tensor, next_position: Tensor | None, length: int) -> None:
         """Called before the layer runs: `kept` and `next` as they will be afterwards, and the logical length added."""
-        self._announced = (kept, next_position, length)
+        self._announced, self.running = (kept, next_position, length), True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self._announced is None:
@@ -138,20 +140,24 @@ class LogicalLayer(DynamicLayer):
         self.until = None if self.until is None else change(self.until)
 
 
-class _Indexed(LogicalLayer, DynamicIndexedLayer):
-    """With the keys of an index, which chooses among the stored ones."""
-
-
-class _Hybrid(LogicalLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
-    """With the states of convolutions. The layer numbers its tokens itself: it is told of those that it stores."""
-
-    is_croppable = LinearAttentionAndFullAttentionLayer.is_croppable
+class _Counting(LogicalLayer):
+    """Of a decoder layer that numbers its tokens itself: while it runs, it is told of those that are stored."""
 
     def get_seq_length(self) -> int:
-        return self.total if self._announced is None else self.physical_length()
+        return self.physical_length() if self.running else self.total
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
+
+
+class _Indexed(_Counting, DynamicIndexedLayer):
+    """With the keys of an index, which chooses among the stored ones."""
+
+
+class _Hybrid(_Counting, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """With the states of convolutions."""
+
+    is_croppable = LinearAttentionAndFullAttentionLayer.is_croppable
 
 
 class _Reference(LogicalLayer):

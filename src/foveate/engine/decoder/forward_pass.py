@@ -68,6 +68,7 @@ class ForwardPass:
     def __post_init__(self) -> None:
         self._due = {} if self.stages is None else self.stages.due
         self._shared = SharedKeys(self.anatomy.shared_keys, self.past, self.length)
+        self._running: LogicalLayer | None = None
         self._keys_per_layer = [0] * self.anatomy.depth
 
     @property
@@ -90,15 +91,19 @@ class ForwardPass:
         changed = {**dict(zip(names, args[1:])), **kwargs}
         self._embeddings = changed.get("position_embeddings")
         whole = self._tokens_of(hidden) == self.length
-        stored = self._stored(layer, self.cache)
+        stored = self._running = self._stored(layer, self.cache)
         reach = self._reach_of(layer, stored, changed, self._tokens_of(hidden))
         if self.active is None and reach is None:
             return None if hidden is given else _with_hidden(args, kwargs, hidden)
         self._reach = reach
         if self.active is not None and (reach is None or "conv_mask" in changed):
             changed["conv_mask" if "conv_mask" in changed else "attention_mask"] = self._recurrent_mask()
+        elif self.active is not None and self.anatomy.reads_padding:
+            valid = self._recurrent_mask()
+            changed["attention_mask"] = torch.ones_like(self.active.index, dtype=torch.bool) if valid is None else valid
         if reach is not None:
-            changed["attention_mask"] = self._mask(changed.get("attention_mask"), reach, hidden.dtype)
+            if not self.anatomy.reads_padding:
+                changed["attention_mask"] = self._mask(changed.get("attention_mask"), reach, hidden.dtype)
             if changed.get("position_embeddings") is not None and whole:
                 self._embeddings = self._rope(layer, changed["position_embeddings"], hidden, stored, reach)
                 changed["position_embeddings"] = self._embeddings
@@ -120,6 +125,8 @@ class ForwardPass:
                 self._memo["exclusive"] = self.exclusive()
             self._mine = new if layer in self._memo["exclusive"] else None
         self._frame = None
+        if self._running is not None:
+            self._running.running = False
         for stage in self._due.get(layer, ()):
             new = self._decide(stage, new)
             self._mine = None  # the method may have kept what it saw
@@ -175,23 +182,31 @@ class ForwardPass:
             )
         return self.active.valid
 
-    @staticmethod
-    def _tokens_of(hidden: Tensor) -> int:
-        return hidden.shape[-2] if hidden.dim() == 3 else hidden.shape[2]
+    def _tokens_of(self, hidden: Tensor) -> int:
+        streams = self.anatomy.streams
+        return (hidden if streams is None else streams.by_token(hidden)).shape[1]
 
     def _take_hidden(self, hidden: Tensor) -> Tensor:
         assert self.active is not None
-        if self.anatomy.stream is None:
+        streams = self.anatomy.streams
+        if streams is None:
             return take_rows(hidden, self.active)
-        return take_rows(hidden.permute(1, 2, 0, 3), self.active).permute(2, 0, 1, 3)
+        return streams.back(take_rows(streams.by_token(hidden), self.active))
 
     def _put_hidden(self, hidden: Tensor, in_place: bool) -> Tensor:
         assert self.active is not None
         assert self._frame is not None
-        if self.anatomy.stream is None:
+        streams = self.anatomy.streams
+        if streams is None:
             return put_rows(self._frame, self.active, hidden, in_place)
-        frame, rows = self._frame.permute(1, 2, 0, 3), hidden.permute(1, 2, 0, 3)
-        return put_rows(frame, self.active, rows, False).permute(2, 0, 1, 3)
+        frame, rows = streams.by_token(self._frame), streams.by_token(hidden)
+        return streams.back(put_rows(frame, self.active, rows, in_place and frame.is_contiguous()))
+
+    def _put_merged(self, hidden: Tensor, slots: Tensor, values: Tensor) -> Tensor:
+        streams = self.anatomy.streams
+        if streams is None:  # no method merges into the last slot
+            return put_tokens(hidden, slots, values, self.prompt - 1)
+        return streams.back(put_tokens(streams.by_token(hidden).flatten(2), slots, values, self.prompt - 1))
 
     def _announce(self, layer: int, stored: LogicalLayer | None) -> Reach:
         """Slots of the queries and keys of this layer; tells its cache what is coming."""
@@ -317,8 +332,8 @@ class ForwardPass:
         """Ask the method, carry out what it says, write it down. Returns the frame, a new one if tokens merged."""
         assert self.stages is not None
         decision = self.stages.decide(stage, hidden, self._active()[:, : self.prompt], self._positions)
-        if decision.slots is not None and decision.values is not None:  # no method merges into the last slot
-            hidden = put_tokens(hidden, decision.slots, decision.values, self.prompt - 1)
+        if decision.slots is not None and decision.values is not None:
+            hidden = self._put_merged(hidden, decision.slots, decision.values)
         if decision.keep is not None:
             self._remove(decision.keep, decision.positions or self.stages.reducer.positions)
         self.stages.record(stage, decision, self._active()[:, : self.prompt])

@@ -82,22 +82,23 @@ class Stages:
 
         Args:
             stage: number of the stage.
-            hidden: (B, S, D) by slot, or several copies (copies, B, S, D).
+            hidden: by slot, as the decoder has it: (B, S, D), or several streams of it.
             active: (B, P) bool, slots still there.
             positions: (B, S) for RoPE where they were renumbered.
 
         Raises:
-            UnsupportedError: it merges tokens of which there are several copies.
+            UnsupportedError: it merges one of several streams.
             ValueError: tensors of wrong shapes.
         """
-        stream = self.anatomy.stream
-        states = hidden if stream is None else hidden[stream]
+        streams = self.anatomy.streams
+        states = hidden if streams is None else streams.seen(hidden)
         patches, project = self._seen(states)
+        copies = None if streams is None else streams.by_token(hidden)[:, : self.prompt].flatten(2).to(active.device)
         # Methods see one device, that of the prompt, however the layers are spread.
         view = View(
             stage, states[:, : self.prompt].to(active.device), active, self.visual, self.tokens,
             self._taps.pop(stage, None), patches, self.layout, self.info, self._state, project,
-            tower_groups=self.tower_groups,
+            tower_groups=self.tower_groups, streams=copies,
         )  # fmt: skip
         spec = self.reducer.taps.get(stage)
         if spec is not None and spec.ahead:
@@ -106,11 +107,14 @@ class Stages:
         if decision is None:
             return Decision()
         slots, values, keep = decision.slots, decision.values, decision.keep
-        if slots is not None and stream is not None:
-            raise UnsupportedError(
-                f"{type(self.anatomy.model).__name__} keeps several copies of the hidden states (AltUp), and a merged "
-                "token has one; use a method that only removes"
-            )
+        if values is not None and streams is not None and values.shape[-1] == states.shape[-1]:
+            if streams.attends is not None or stage != BEFORE_LAYERS:
+                raise UnsupportedError(
+                    f"{type(self.anatomy.model).__name__} keeps {streams.count} hidden states of each token, and "
+                    f"{type(self.reducer).__name__} merges one (View.hidden, not View.states); use a method that only "
+                    "removes"
+                )
+            decision.values = values = values.repeat(1, 1, streams.count)
         if slots is not None and (values is None or values.shape[:2] != slots.shape):
             raise ValueError("Decision(slots=(B, m), values=(B, m, D)): both are needed, with the same B and m")
         if keep is not None and (keep.shape != active.shape or keep.dtype != torch.bool):

@@ -27,7 +27,28 @@ __all__ = ["choose_rows", "counted_from_first", "in_backward", "places_of", "rea
 
 _PREFIX = "foveate_tap:"
 _LISTENERS = "_foveate_taps"
-_MASKED = ("eager", "sdpa")
+
+
+class _Routed(str):
+    """The name of a registered wrapper; to a module that asks which implementation it runs, the real one.
+
+    Sparse attention makes another mask for each (GLM-5), or none where a kernel takes indices.
+    """
+
+    def __new__(cls, real: str) -> _Routed:
+        name = super().__new__(cls, _PREFIX + real)
+        name.real = real
+        return name
+
+    real: str
+
+    def __eq__(self, other: object) -> bool:
+        return self.real == other or str.__eq__(self, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
 
 def _wrapper(
@@ -40,9 +61,6 @@ def _wrapper(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    chosen = kwargs.get("indices")
-    if chosen is not None and real in _MASKED:  # a module that takes the tap's name for a sparse kernel's
-        kwargs["indices"], attention_mask = None, _sparse(attention_mask, chosen)
     if not in_backward():  # a checkpointed layer that runs again was read before
         with torch.no_grad():
             for listener in module.__dict__.get(_LISTENERS, ()):
@@ -51,12 +69,6 @@ def _wrapper(
     if attention is None:  # eager attention lives in each modelling file
         attention = sys.modules[type(module).__module__].eager_attention_forward
     return attention(module, query, key, value, attention_mask, *args, **kwargs)
-
-
-def _sparse(mask: Tensor, chosen: Tensor) -> Tensor:
-    """A mask (B, 1, Q, N) that lets through only the keys that an index chose for each query, (B, Q, k)."""
-    closed = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).scatter(3, chosen[:, None].long(), False)
-    return mask & ~closed if mask.dtype == torch.bool else mask.masked_fill(closed, torch.finfo(mask.dtype).min)
 
 
 def tap_attention(undo: Undo, module: Any, listener: Callable[..., None]) -> None:
@@ -68,9 +80,9 @@ def tap_attention(undo: Undo, module: Any, listener: Callable[..., None]) -> Non
     listeners = module.__dict__.get(_LISTENERS, ())
     if not listeners:
         real = module.config._attn_implementation or "eager"
-        name = _PREFIX + real
+        name = _Routed(real)
         if name not in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(_wrapper, real))
+            ALL_ATTENTION_FUNCTIONS.register(str(name), functools.partial(_wrapper, real))
         routed = copy.copy(module.config)
         routed._attn_implementation_internal = name
         undo.set(module, "config", routed)
@@ -81,17 +93,19 @@ def places_of(reducer: Reducer, anatomy: Anatomy) -> dict[int, int]:
     """{stage: layer after which it is carried out} where that is another layer than its own.
 
     A stage that reads attention in a layer without any goes to the nearest layer that has some, rather an earlier one,
-    but never before the place of the previous stage; the next ones follow in order.
+    but never before the place of the previous stage; the next ones follow in order. So does a stage between a layer and
+    the next one that takes over what its index chose, by places that a removal would change.
 
     Raises:
         UnsupportedError: there is no such layer.
     """
-    readable = [i for i in range(anatomy.depth) if i not in anatomy.keyless]
+    free = [i for i in range(anatomy.depth) if i + 1 not in anatomy.shared_index]
     places, last = {}, -1
     for stage in sorted(reducer.stages):
         spec, place = reducer.taps.get(stage), max(stage, last)
-        if spec is not None and spec.queries is not None:
-            near = [i for i in readable if i >= last]
+        reads = spec is not None and spec.queries is not None
+        if reads or place + 1 in anatomy.shared_index:
+            near = [i for i in free if i >= last and not (reads and i in anatomy.keyless)]
             if not near:
                 raise UnsupportedError(
                     f"{type(reducer).__name__} reads attention in decoder layer {stage} of "

@@ -8,32 +8,65 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 __all__ = [
     "KEYLESS",
     "REFERENCE",
+    "Streams",
     "attention_of",
     "cache_layers",
     "filled_ids",
     "keeps_inputs",
     "keyless",
     "positional_names",
+    "reads_padding",
     "rotates",
+    "shared_index",
     "shared_keys",
+    "streams_of",
     "takes_index",
     "zeroes_padding",
 ]
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj"}
 _ROTATED_IN_WINDOWS = {"cohere2", "cohere2_moe"}
 REFERENCE = "reference_sliding_attention"
 """Type of a layer whose sliding window begins behind the prompt."""
 KEYLESS = {"LinearAttentionLayer", "DummyLayer"}
 """Cache layers that hold a recurrent state (linear attention, convolution, Mamba) or nothing."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Several hidden states of each token, which a decoder carries side by side.
+
+    Attributes:
+        count: C, how many.
+        attends: the one that enters attention, of (C, B, S, D) (Gemma 3n); None: all are mixed into what enters, of
+            (B, S, C, D), and are equal at first (hyper-connections).
+    """
+
+    count: int
+    attends: int | None
+
+    def by_token(self, hidden: Tensor) -> Tensor:
+        """As the decoder has them -> (B, S, C, D)."""
+        return hidden if self.attends is None else hidden.permute(1, 2, 0, 3)
+
+    def back(self, states: Tensor) -> Tensor:
+        """(B, S, C, D), or (B, S, C * D) -> as the decoder has them."""
+        states = states.unflatten(2, (self.count, -1)) if states.dim() == 3 else states
+        return states if self.attends is None else states.permute(2, 0, 1, 3)
+
+    def seen(self, hidden: Tensor) -> Tensor:
+        """As the decoder has them -> (B, S, D), what a method is shown."""
+        return hidden.mean(2) if self.attends is None else hidden[self.attends]
 
 
 def cache_layers(config: Any) -> list[Any]:
@@ -86,7 +119,7 @@ def rotates(attention: nn.Module) -> bool:
 
 def zeroes_padding(mixer: nn.Module, mask: str = "attention_mask") -> bool:
     """Whether a recurrent module zeroes what a 2-D mask calls padding, so that its state is that of a shorter row."""
-    projections = [part for name, part in mixer.named_children() if name.startswith("in_proj")]
+    projections = [part for name, part in mixer.named_children() if name.startswith("in_proj") or name in _PROJECTIONS]
     return (
         hasattr(sys.modules[type(mixer).__module__], "apply_mask_to_padding_states")
         and mask in inspect.signature(mixer.forward).parameters
@@ -94,10 +127,38 @@ def zeroes_padding(mixer: nn.Module, mask: str = "attention_mask") -> bool:
     )
 
 
+def _index_of(layer: nn.Module) -> Any:
+    return getattr(attention_of(layer), "indexer", None)
+
+
+def _is_given_an_index(layer: nn.Module) -> bool:
+    return "prev_topk_indices" in inspect.signature(layer.forward).parameters
+
+
 def takes_index(layer: nn.Module) -> bool:
     """Whether sparse attention asks an index of its own layer, which sees nothing but what the mask lets through."""
-    shared = "prev_topk_indices" in inspect.signature(layer.forward).parameters
-    return getattr(attention_of(layer), "indexer", None) is not None and not shared
+    return _index_of(layer) is not None and not _is_given_an_index(layer)
+
+
+def reads_padding(layer: nn.Module) -> bool:
+    """Whether sparse attention is told padding, (B, S), of its own tokens alone, and finds out itself who sees whom."""
+    return hasattr(_index_of(layer), "get_visible_tokens")
+
+
+def shared_index(layers: Sequence[nn.Module]) -> frozenset[int]:
+    """Layers that take over the keys which the index of the layer before has chosen, by their place among the keys."""
+    given = [i for i, layer in enumerate(layers) if _is_given_an_index(layer)]
+    attends = [i for i in given if hasattr(attention_of(layers[i]), "indexer")]
+    return frozenset(i for i in attends if _index_of(layers[i]) is None)
+
+
+def streams_of(decoder: Any, text_config: Any) -> Streams | None:
+    """The hidden states that a token has side by side; None: one."""
+    if hasattr(decoder, "altup_projections") and text_config.altup_num_inputs > 1:
+        return Streams(text_config.altup_num_inputs, text_config.altup_active_idx)
+    if any(name.endswith("_hc") for name, _ in decoder.layers[0].named_children()):
+        return Streams(text_config.hc_mult, None)
+    return None
 
 
 def keeps_inputs(layers: Sequence[nn.Module]) -> bool:

@@ -18,7 +18,19 @@ from transformers.generation import GenerationMixin
 
 from ...reduction import UnsupportedError
 from .companion import Companion
-from .layers import REFERENCE, attention_of, cache_layers, filled_ids, keeps_inputs, keyless, shared_keys
+from .layers import (
+    REFERENCE,
+    Streams,
+    attention_of,
+    cache_layers,
+    filled_ids,
+    keeps_inputs,
+    keyless,
+    reads_padding,
+    shared_index,
+    shared_keys,
+    streams_of,
+)  # fmt: skip
 from .support import check_decoder, check_model, no_placeholders, takes_images
 from .tower import resampler
 from .tower_layers import attention_modules, layer_of
@@ -235,10 +247,19 @@ class Anatomy:
         return filled_ids(self.text_config)
 
     @cached_property
-    def stream(self) -> int | None:
-        """Which of several copies of the hidden states, (copies, B, S, D), attends (Gemma 3n); None: there is one."""
-        several = hasattr(self.decoder, "altup_projections") and self.text_config.altup_num_inputs > 1
-        return self.text_config.altup_active_idx if several else None
+    def shared_index(self) -> frozenset[int]:
+        """Layers of sparse attention that take over what the index of an earlier one has chosen."""
+        return shared_index(self.layers)
+
+    @cached_property
+    def reads_padding(self) -> bool:
+        """Whether sparse attention is told padding (B, S) in place of who sees whom (GLM-5)."""
+        return any(reads_padding(layer) for layer in self.layers)
+
+    @cached_property
+    def streams(self) -> Streams | None:
+        """The hidden states that a token has side by side (Gemma 3n, hyper-connections); None: one."""
+        return streams_of(self.decoder, self.text_config)
 
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of a decoder layer at `positions` (B, n): (B, n, d) each. `UnsupportedError` without 1-D RoPE."""

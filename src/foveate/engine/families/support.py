@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...reduction import UnsupportedError
-from .layers import REFERENCE, cache_layers, takes_index, zeroes_padding
+from .layers import REFERENCE, cache_layers, reads_padding, shared_index, takes_index, zeroes_padding
 
 __all__ = ["check_decoder", "check_model", "no_placeholders", "takes_images"]
 
@@ -105,10 +105,6 @@ def check_decoder(kind: str, decoder: nn.Module, layers: Sequence[nn.Module], co
             attention with an index. The message names which.
     """
     text = config.get_text_config(decoder=True)
-    if any(name.endswith("_hc") for layer in layers for name, _ in layer.named_children()):
-        raise UnsupportedError(
-            f"{kind} keeps several streams of hidden states per token (hyper-connections), which cannot be shortened"
-        )
     found = Counter(_kinds(text, layers))
     if found:
         words = " and ".join(f"{count} are {words}" for words, count in found.items())
@@ -125,18 +121,19 @@ def _kinds(text: Any, layers: Sequence[nn.Module]) -> list[str]:
     """What the layers are that are not plain attention, in words."""
     found = []
     types = getattr(text, "layer_types", None) or [None] * len(layers)
-    for kind, layer in zip(types, layers):
+    shared = shared_index(layers) if any(reads_padding(layer) for layer in layers) else ()
+    for i, (kind, layer) in enumerate(zip(types, layers)):
         parts = dict(layer.named_children())
         mixer = next((name for name in _MIXERS if name in parts), None)
         if mixer is not None and (kind is None or kind in _SERVED or kind not in _LAYER_TYPES):
             kind = _MIXERS[mixer]
         if kind is not None and kind not in _SERVED and (kind in _LAYER_TYPES or "self_attn" not in parts):
-            module = parts.get(mixer or "mixer")
+            module = parts.get(mixer or "mixer", parts.get("self_attn"))
             if kind in _RECURRENT and module is not None and zeroes_padding(module):
                 continue
             if kind in _HYBRID and zeroes_padding(layer, "conv_mask"):
                 continue
-            if kind == "indexed_attention" and takes_index(layer):
+            if kind == "indexed_attention" and (takes_index(layer) or reads_padding(layer) or i in shared):
                 continue
             name = f" ({type(module).__name__})" if module is not None else ""
             found.append(_LAYER_TYPES.get(kind, f"of type {kind!r}") + name)

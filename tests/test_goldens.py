@@ -81,6 +81,10 @@ INPUTS = {
     "dycoke": {"features", "tokens_per_frame", "merging_ratio"},
     "evs": {"video_embeds", "thw", "spatial_merge_size", "q", "tokens_per_frame", "num_frames"},
     "fastv": {"inputs_embeds", "K", "ratio"},
+    "fastvid": {
+        "frames", "frame_features", "frame_attention", "retention_ratio", "dyseg_c", "dyseg_tau", "stprune_d", "dtm_p",
+        "dtm_beta",
+    },
     "fopru": {"attn", "tokens", "ratio", "strategy"},
     "pitome": {"metric", "x", "size_in", "ratio", "margin", "alpha", "class_token", "mask_in"},
     "prumerge": {"q", "k", "features", "if_adaptive", "plus", "attn", "idx", "dim"},
@@ -105,7 +109,7 @@ SMALL = [
     "vispruner/v3_b1_n256_t60_r0", "cdpruner/c3_b1_n256_t32_m2", "divprune/d3_n100_r05", "dart/a3_qwen_rr0778",
     "pumer/a0_soft_matching", "pumer/b0_tip_and_diff", "pumer/e0_masked_softmax",
     "evs/counts", "evs/e2_t6_exact_ties_q03", "vidcom2/v0_t8_p36_r025",
-    "dycoke/y2_f9_p64_k05_odd",
+    "dycoke/y2_f9_p64_k05_odd", "fastvid/f1_t8_p49_r010_onevision_defaults",
 ]  # fmt: skip
 
 

@@ -65,8 +65,8 @@ def _with(**more: st.SearchStrategy) -> st.SearchStrategy:
 
 _METHODS: dict[str, st.SearchStrategy] = {
     "averagepool": _with(), "cdpruner": _with(), "dart": _with(layer=_LAYER), "divprune": _with(),
-    "downsample": _with(), "dycoke": _with(), "evs": _with(), "fastv": _with(layer=_LAYER), "fopru": _with(),
-    "pitome": _with(where=st.just("output")), "prumerge": _with(), "prumerge+": _with(),
+    "downsample": _with(), "dycoke": _with(), "evs": _with(), "fastv": _with(layer=_LAYER), "fastvid": _with(),
+    "fopru": _with(), "pitome": _with(where=st.just("output")), "prumerge": _with(), "prumerge+": _with(),
     "pumer": st.just({}), "pyramiddrop": _with(), "random": _with(seed=st.integers(0, 3)),
     "recoverable": _with(similarity=st.just("llm")),
     "sparsevlm": _with(variant=st.sampled_from(["1.0", "1.5", "2.0", "paper"])), "tome": _with(where=st.just("output")),

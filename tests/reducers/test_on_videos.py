@@ -18,9 +18,10 @@ from tests.reference.checks import TOLERANCE, build_once, footprint, greedy, lar
 METHODS: dict[str, Callable[[int | float], Reducer]] = {
     "dycoke": lambda keep: foveate.DyCoke(keep),
     "evs": lambda keep: foveate.EVS(keep),
+    "fastvid": lambda keep: foveate.FastVID(keep, segments=2),
     "vidcom2": lambda keep: foveate.VidCom2(keep),
 }
-EXACT_BUDGET = ["vidcom2"]
+EXACT_BUDGET = ["fastvid", "vidcom2"]
 """Methods that promise exactly `keep` patches of a video, however few."""
 QUICK = ["qwen2_5_vl", "llava_onevision"]
 FAMILIES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in videos.FAMILIES]

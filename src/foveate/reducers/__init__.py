@@ -7,6 +7,7 @@ from .divprune import DivPrune
 from .dycoke import DyCoke
 from .evs import EVS
 from .fastv import FastV
+from .fastvid import FastVID
 from .fopru import FoPru
 from .pitome import PiToMe
 from .pooling import AveragePool, Downsample
@@ -33,6 +34,7 @@ __all__ = [
     "Downsample",
     "DyCoke",
     "FastV",
+    "FastVID",
     "FoPru",
     "PiToMe",
     "PruMerge",

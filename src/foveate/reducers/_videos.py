@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,11 +37,13 @@ class Videos:
         view: what the method was shown.
         patches: rows (V,) and slots (V, T * P), frame after frame; -1 for padding and for tokens that are gone.
         frames: T.
+        per_row: videos of a row, at most.
     """
 
     view: View
     patches: Patches
     frames: int
+    per_row: int
 
     @property
     def valid(self) -> Tensor:
@@ -97,8 +100,8 @@ def videos_of(view: View) -> Videos | None:
     for video, (_, frames) in enumerate(found):
         for time, slots in enumerate(frames):
             table[video, time, : len(slots)] = slots
-    device = view.active.device
-    rows, slots = torch.tensor([row for row, _ in found]).to(device), table.flatten(1).to(device)
+    device, row_of = view.active.device, [row for row, _ in found]
+    rows, slots = torch.tensor(row_of).to(device), table.flatten(1).to(device)
     there = (slots >= 0) & view.active[rows[:, None], slots.clamp_min(0)]
     grid = torch.zeros(len(found), 2, dtype=torch.long, device=device)
-    return Videos(view, Patches(rows, torch.where(there, slots, -1), grid), longest)
+    return Videos(view, Patches(rows, torch.where(there, slots, -1), grid), longest, max(Counter(row_of).values()))

@@ -196,6 +196,12 @@ class Anatomy:
         """The deepest of `feature_layers`."""
         return max(self.feature_layers)
 
+    @property
+    def towers(self) -> tuple[nn.Module, ...]:
+        """The vision tower, and the one that sees videos where that is another (Video-LLaVA)."""
+        found = (self.vision, getattr(self.base, "video_tower", None))
+        return tuple(tower for tower in found if tower is not None)
+
     def vision_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters of the vision tower."""
         return iter(()) if self.vision is None else self.vision.named_parameters()

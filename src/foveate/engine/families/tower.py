@@ -189,6 +189,10 @@ def _video_plan(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any]
     total = sum(lengths)
     if not blocks or total % blocks:
         raise UnsupportedError(f"{kind}: {blocks} frames of videos became {total} visual tokens")
+    if total == blocks * (tokens + 1):  # Video-LLaVA: the class token of a frame is a visual token, too
+        plan = _pooled_plan(blocks, tokens, tokens)
+        places = torch.arange(total).view(blocks, -1)[:, 1:]
+        return replace(plan, feature=places.flatten(), features=total)
     return _pooled_plan(blocks, tokens, total // blocks)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ..decoder.taps import tap_attention
 from ..families.layout_inputs import modality
 from ..families.parts import Anatomy
 from ..families.tower import TowerPlan, check_feature_layer, check_traceable, class_token_last, is_stream, plan_tower
+from ..families.tower_layers import attention_modules, layer_of
 from ..stopwatch import deciding
 from ..undo import Shared, Undo
 
@@ -62,8 +64,9 @@ class VisionReader(Shared):
     def install(self, undo: Undo) -> None:
         """Put the taps and hooks in, until `undo` is closed."""
         check_traceable(self.anatomy)
-        modules = self.anatomy.vision_attention()
-        for layer, spec in self.specs.items():
+        self.anatomy.vision_attention()  # or the reason why there is none
+        for tower, (layer, spec) in itertools.product(self.anatomy.towers, self.specs.items()):
+            modules = attention_modules(tower)
             if not -len(modules) <= layer < len(modules):
                 raise UnsupportedError(f"vision layer {layer} does not exist, the tower has {len(modules)} layers")
             if spec.attention == "cls" and not self.has_cls:
@@ -74,7 +77,7 @@ class VisionReader(Shared):
             if spec.attention or spec.key or spec.query:
                 tap_attention(undo, attention, functools.partial(self._attending, layer, spec))
             if spec.features:
-                undo.hook(self.anatomy.parent(attention), functools.partial(self._leaving, layer))
+                undo.hook(layer_of(tower, attention), functools.partial(self._leaving, layer))
 
     def clear(self) -> None:
         """Forget what this thread has read: the call is over."""

@@ -69,7 +69,8 @@ class MaskedReference:
     def _pinned(layer: int, kwargs: dict) -> int:
         """Slots of the prompt that stay in front of a mask whose window slides behind them (Unlimited-OCR)."""
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        return 0 if cache is None else getattr(cache.layers[layer], "prefill_length", None) or 0
+        stored = [] if cache is None else cache.layers[layer : layer + 1]  # older caches have none for shared keys
+        return getattr(stored[0], "prefill_length", None) or 0 if stored else 0
 
     def _merged(self, stage: int, hidden: Tensor) -> Tensor:
         is_prefill = self._tokens_of(hidden) > 1

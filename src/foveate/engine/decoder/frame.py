@@ -80,7 +80,7 @@ def take_rope(rope: Any, index: Tensor, length: int) -> Any:
     """cos/sin of the active rows, in whatever shape the family hands them to its layers.
 
     Args:
-        rope: a tensor or a tuple of tensors, (B or 1, S, d), or (axes, B, S, d) for un-mixed M-RoPE.
+        rope: a tensor or a tuple of tensors, (B or 1, S, d).
         index: (B, n) slots.
         length: S.
     """
@@ -94,7 +94,4 @@ def take_rope(rope: Any, index: Tensor, length: int) -> Any:
         if rope.shape[0] == 1:
             return rope[0].index_select(0, index.reshape(-1)).view(batch, n, -1)
         return rope.gather(1, index[..., None].expand(batch, n, rope.shape[-1]))
-    if rope.dim() == 4 and rope.shape[2] == length:
-        full = rope.expand(rope.shape[0], batch, *rope.shape[2:])
-        return full.gather(2, index[None, :, :, None].expand(rope.shape[0], batch, n, rope.shape[-1]))
     raise UnsupportedError(f"position embeddings of shape {tuple(rope.shape)} cannot be reduced")

@@ -82,6 +82,7 @@ def main() -> int:
     for number, name in enumerate(names, 1):
         if name not in verdicts or options.names:
             verdicts[name] = counted(name, options.impl, options.limit)
+            verdicts = {each: verdicts[each] for each in NAMES if each in verdicts}
             if options.json:
                 kept = {"impl": options.impl, "transformers": hf.__version__, "classes": verdicts}
                 write_whole(options.json, json.dumps(kept, indent=1) + "\n")

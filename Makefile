@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow compatibility fuzz test-oldest test-newest smoke-versions browser lint types structure zoo
+.PHONY: demo test test-slow compatibility processors fuzz test-oldest test-newest smoke-versions browser lint types structure zoo
 .PHONY: bench clean
 
 demo: $(VENV)/.demo-installed
@@ -44,6 +44,10 @@ compatibility: .venv-vision/.installed
 	OMP_NUM_THREADS=1 .venv-vision/bin/python -m tests.catalogue --json build/compatibility.json --page docs/compatibility.md
 	cp build/compatibility.json docs/
 
+# transformers' own processors around a tiny model of each family, with photographs and videos; LoRA, int8, offload.
+processors: .venv-vision/.installed
+	OMP_NUM_THREADS=1 .venv-vision/bin/python -m pytest -n 2 -m "slow or not slow" tests/processors
+
 # Chromium comes from the system: Debian's, installed here when missing and one may.
 browser: $(VENV)/.browser-installed
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get -q update && apt-get -qy install chromium; } \
@@ -76,7 +80,7 @@ $(BIN)/python:
 
 .venv-oldest/.installed: WANTED = --upgrade "$(OLDEST)"
 .venv-newest/.installed: WANTED = --upgrade "$(NEWEST)"
-.venv-vision/.installed: WANTED = --no-deps timm torchvision
+.venv-vision/.installed: WANTED = --no-deps timm torchvision av num2words docopt torchao
 .venv-oldest/.installed .venv-newest/.installed .venv-vision/.installed: $(VENV)/.test-installed
 	rm -rf $(@D)
 	$(BIN)/python -m venv --without-pip $(@D)

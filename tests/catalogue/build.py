@@ -42,20 +42,23 @@ def missing(name: str) -> list[str]:
     return [p for p in _FAMILIES.get(name, {}).get("needs", []) if importlib.util.find_spec(p) is None]
 
 
-def build(name: str, text: Mapping[str, Any] | None = None, impl: str = "sdpa") -> Any:
+def build(
+    name: str, text: Mapping[str, Any] | None = None, impl: str = "sdpa", top: Mapping[str, Any] | None = None
+) -> Any:
     """A float32 model in eval mode, its weights the same at every call.
 
     Args:
         name: one of `NAMES`.
         text: overrides for the configuration of the decoder.
         impl: attention implementation; a class that has only "eager" keeps it.
+        top: overrides for the model's own configuration, and those of its vision tower under "vision".
     """
     torch.manual_seed(0)  # some classes draw buffers
     if name in HANDMADE:
         model = HANDMADE[name].make()
     else:
         cls = getattr(hf, _CLASSES[name])
-        model = cls(_config(cls.config_class, _FAMILIES[name], dict(text or {})))
+        model = cls(_config(cls.config_class, _overridden(_FAMILIES[name], dict(top or {})), dict(text or {})))
     _spread(model)
     try:
         model.set_attn_implementation(impl)
@@ -64,6 +67,12 @@ def build(name: str, text: Mapping[str, Any] | None = None, impl: str = "sdpa") 
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
+
+
+def _overridden(family: Mapping[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    vision = {**(family.get("vision") or {}), **top.pop("vision", {})}
+    merged = {**family, "top": {**family.get("top", {}), **top}}
+    return merged | {"vision": vision} if vision or family.get("vision") is not None else merged
 
 
 def _known(cls: type, table: Mapping[str, Any], particular: Mapping[str, Any]) -> dict[str, Any]:

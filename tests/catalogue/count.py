@@ -126,8 +126,14 @@ class Reference:
     """What a plain model answers that does not look at removed tokens: all rows at once, or, where layers are recurrent
     and have no mask to hide a token behind, each row alone on what is left of it."""
 
-    def __init__(self, model: Any, trace: foveate.Trace, merges: list[tuple[int, Tensor, Tensor]]):
-        self._model, self._removed = model, _gone(trace)
+    def __init__(
+        self,
+        model: Any,
+        trace: foveate.Trace,
+        merges: list[tuple[int, Tensor, Tensor]],
+        alone: Callable[[dict[str, Tensor], int], dict[str, Tensor]] = alone,
+    ):
+        self._model, self._removed, self._alone = model, _gone(trace), alone
         self._merges: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for stage, slots, values in merges:  # a stage acts after the layer that it was moved to
             self._merges.setdefault(trace.moved.get(stage, stage), []).append((slots, values))
@@ -160,7 +166,7 @@ class Reference:
                 for stage, merged in self._merges.items()
             }
             with ShortReference(self._model, removed, merges):
-                answer = ask(alone(prompt, row))
+                answer = ask(self._alone(prompt, row))
             answers.append(F.pad(answer, (0, 0, before, 0)) if pad else answer)
         return torch.cat(answers)
 

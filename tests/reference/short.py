@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import Cache
 
 from foveate.engine.families.parts import resolve
@@ -78,7 +79,7 @@ class ShortReference(MaskedReference):
 
     def _own_mask(self, layer: int, count: int, left: Tensor | None, kwargs: dict) -> Tensor:
         """Who sees whom among the keys that a layer holds, (1, 1, n, N) bool: causal, in its window of the prompt."""
-        queries = torch.arange(self._past, self._total) if left is None else left
+        queries = torch.arange(self._past, self._total) if left is None else self._past + left
         stored = queries if not self._past else torch.cat([self._slots[layer], queries])
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         if cache is not None and cache.layers[layer].is_initialized:
@@ -102,9 +103,11 @@ class ShortReference(MaskedReference):
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     def _left(self, hidden: Tensor, gone: Tensor | None) -> Tensor | None:
-        """Slots of a prompt that are left, None where all are; what follows the prompt is never removed."""
-        if gone is None or hidden.shape[1] == 1 or self._past:
+        """Slots of a prompt that are left, None where all are; what is generated is never removed."""
+        length = hidden.shape[1]
+        if gone is None or length == 1:
             return None
-        kept = torch.ones(hidden.shape[1], dtype=torch.bool)
-        kept[: gone.shape[1]] = ~gone[0, : hidden.shape[1]]
-        return kept.nonzero()[:, 0]
+        removed = gone[0, self._past : self._past + length]
+        if self._past and not removed.any():
+            return None
+        return (~pad(removed, (0, length - len(removed)))).nonzero()[:, 0]

@@ -127,7 +127,7 @@ def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: s
         raise ModelError(f"dtype {dtype}: known are {', '.join(_DTYPES)}")
     check_device(device)
     with quiet(), loading(name):
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         config = AutoConfig.from_pretrained(source)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
@@ -138,7 +138,7 @@ def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: s
         model, found = loaded
         if absent := sorted(map(str, found["missing_keys"])):  # transformers would go on with random numbers
             raise ModelError(f"model {name}: {len(absent)} of its weights are missing, {absent[0]} for one")
-        processor = AutoProcessor.from_pretrained(source)
+        processor = _processor(name, source)
     if not hasattr(processor, "image_processor"):
         raise ModelError(f"model {name}: has no image processor beside its tokenizer")
     processor.tokenizer.padding_side = "left"
@@ -146,6 +146,19 @@ def load(name: str, dtype: Literal["float32", "bfloat16"] = "float32", device: s
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     with loading(name):  # the device may be too small
         return VLM(name, model.eval().to(device), processor)
+
+
+def _processor(name: str, source: str) -> Any:
+    from transformers import AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except Exception as error:
+        if "torchvision" in str(error).lower() and not is_torchvision_available():
+            wanted = "its processor needs torchvision, which is not installed: pip install 'foveate[vision]'"
+            raise ModelError(f"model {name}: {wanted}") from error
+        raise
 
 
 @contextlib.contextmanager

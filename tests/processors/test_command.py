@@ -1,0 +1,48 @@
+"""`foveate run` on a folder with a model and its own processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers.utils import is_torchvision_available
+from typer.testing import CliRunner
+
+from foveate.cli import app
+from tests.processors.build import family, tokenizer, vlm
+from tests.processors.media import photograph
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_a_processor_that_needs_torchvision_is_named(tmp_path: Path):
+    from tests.families import build
+
+    build("qwen2_5_vl").save_pretrained(tmp_path)
+    tokenizer("qwen2_5_vl").save_pretrained(tmp_path)
+    parts = {"image_processor_type": "Qwen2VLImageProcessor"}, {"video_processor_type": "Qwen2VLVideoProcessor"}
+    kinds = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": parts[0], "video_processor": parts[1]}
+    (tmp_path / "processor_config.json").write_text(json.dumps(kinds))
+    photograph("landscape").save(tmp_path / "photo.png")
+    said = CliRunner().invoke(
+        app, ["run", str(tmp_path), "--image", str(tmp_path / "photo.png"), "--prompt", "what?", "--keep", "0.5"]
+    )
+    assert said.exit_code == 2
+    assert said.stderr.count("\n") == 1
+    assert "its processor needs torchvision" in said.stderr
+    assert "pip install 'foveate[vision]'" in said.stderr
+
+
+@family(["gemma3", "qwen2_5_vl", "internvl", "smolvlm", "lfm2_vl"])
+def test_run(name: str, tmp_path: Path):
+    for part in vlm(name):
+        part.save_pretrained(tmp_path / "model")
+    photograph("portrait").save(tmp_path / "photo.png")
+    arguments = ["run", str(tmp_path / "model"), "--image", str(tmp_path / "photo.png"), "--prompt", "what is this?"]
+    arguments += ["--method", "fastv", "--keep", "0.5", "--option", "layer=1", "--max-new-tokens", "3"]
+    arguments += ["--json", str(tmp_path / "out.json"), "--overlay", str(tmp_path / "kept.png")]
+    said = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert said.exit_code == 0, said.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert 0 < found["visual_tokens_entering"] < found["visual_tokens"]
+    assert (tmp_path / "kept.png").stat().st_size > 1000

@@ -106,6 +106,8 @@ def _merging(
     def merge(hidden: Tensor) -> Tensor:
         new = (hidden.permute(1, 2, 0, 3) if streams_first else hidden).clone()
         for slots, values in merged:
+            if values.shape[-1] < new[0, 0].numel():  # of embeddings, of which every stream is a copy
+                values = values.repeat(1, 1, new.shape[2])
             for row, (mine, value) in enumerate(zip(slots, values)):
                 new[row, mine[mine >= 0] - before] = value[mine >= 0].to(hidden).view(-1, *new.shape[2:])
         return new.permute(2, 0, 1, 3) if streams_first else new

@@ -50,9 +50,14 @@ def test_every_family(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["llama4", "video_llava", "lighton_ocr", "granite_docling", "muse_glimmer", "kimi_k25", "molmo2", "gemma4"],
+    [
+        "llama4", "video_llava", "lighton_ocr", "granite_docling", "muse_glimmer", "kimi_k25", "molmo2", "gemma4",
+        "glm5_next", "lfm2_vl", "minicpm_ocr", "minicpmv4_6", "nemotron_h_omni",
+    ],
 )  # fmt: skip
-def test_other_ways_from_patches_to_slots(name: str):
+def test_other_ways_from_patches_to_slots(name: str, monkeypatch: pytest.MonkeyPatch):
+    # Nemotron-H's code still asks its configuration for `torch_dtype`.
+    monkeypatch.setattr(hf.configuration_utils.logger, "warning_once", lambda *args, **kwargs: None)
     if not catalogue.known(name):
         pytest.skip(f"this transformers has no {name}")
     if name == "llama4" and Version(hf.__version__).release[:2] == (5, 24):
@@ -67,6 +72,7 @@ def test_other_ways_from_patches_to_slots(name: str):
         ("aria", "AriaCrossAttention"),
         ("granite4_vision", "Blip2QFormerAttention"),
         ("deepseek_ocr2", "queries of its own"),
+        ("lfm3_vl", "overlapping windows"),
         ("kosmos-2", "KosmosTextAttention"),
         ("got_ocr2", "computes its attention by itself"),
         ("phi4_multimodal", "names no image encoder"),
@@ -79,6 +85,20 @@ def test_slots_without_patches_are_refused_with_the_reason(name: str, reason: st
     for method in ("visionzip", "fopru"):
         with pytest.raises(foveate.UnsupportedError, match=reason):
             foveate.apply(model, foveate.build(method, keep=0.5))
+
+
+def test_minicpm_merges_four_patches_less_if_asked_to():
+    """Asked by the configuration or in the call, its tower leaves its own merging out."""
+    if not catalogue.known("minicpmv4_6"):
+        pytest.skip("this transformers has no minicpmv4_6")
+    model = catalogue.build("minicpmv4_6")
+    prompt = catalogue.inputs("minicpmv4_6", model, rows=1)
+    repeats = torch.where(catalogue.visual_slots("minicpmv4_6", prompt)[0], 4, 1)
+    for name in ("input_ids", "attention_mask"):
+        prompt[name] = prompt[name].repeat_interleave(repeats, 1)
+    assert_slots_are_judged_by_their_patches(model, {**prompt, "downsample_mode": "4x"}, step=7)
+    model.config.downsample_mode = "4x"
+    assert_slots_are_judged_by_their_patches(model, prompt, step=7)
 
 
 def _noise(*shape: int, seed: int = 3) -> Tensor:

@@ -75,6 +75,9 @@ class ShortReference(MaskedReference):
             kwargs["attention_mask"] = torch.ones(hidden.shape[:2], dtype=torch.bool)
         if hybrid:
             kwargs["attention_mask"] = self._own_mask(layer, hidden.shape[1], left, kwargs)
+            if "relative_distance" in kwargs:  # transformers 5.24 computes it outside the layer
+                stored = torch.arange(kwargs["attention_mask"].shape[-1])
+                kwargs["relative_distance"] = stored[-hidden.shape[1] :, None] - stored
         return (hidden,), kwargs
 
     def _own_mask(self, layer: int, count: int, left: Tensor | None, kwargs: dict) -> Tensor:

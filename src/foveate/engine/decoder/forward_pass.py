@@ -104,6 +104,8 @@ class ForwardPass:
         if reach is not None:
             if not self.anatomy.reads_padding:
                 changed["attention_mask"] = self._mask(changed.get("attention_mask"), reach, hidden.dtype)
+            if "relative_distance" in changed:
+                changed["relative_distance"] = self._distances(reach)
             if changed.get("position_embeddings") is not None and whole:
                 self._embeddings = self._rope(layer, changed["position_embeddings"], hidden, stored, reach)
                 changed["position_embeddings"] = self._embeddings
@@ -246,6 +248,11 @@ class ForwardPass:
             self._memo[key] = (reduced_mask(mask, reach, self._implementation, dtype), mask, reach.keys)
         return self._memo[key][0]
 
+    def _distances(self, reach: Reach) -> Tensor:
+        """Of each query to each stored key, (n, N), in tokens that are left: beside a convolution only these count."""
+        stored = torch.arange(reach.keys.shape[1], device=reach.keys.device)
+        return stored[-reach.queries.shape[1] :, None] - stored
+
     def _rope(self, layer: int, rope: Any, hidden: Tensor, stored: LogicalLayer | None, reach: Reach) -> Any:
         counted = self._positions is not None or (stored is not None and stored.next is not None)
         window = self.anatomy.sliding_windows[layer]
@@ -284,7 +291,10 @@ class ForwardPass:
 
     def _take_others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert self.active is not None
-        done = ("hidden_states", "attention_mask", "position_embeddings", "position_ids", "shared_kv_states")
+        done = (
+            "hidden_states", "attention_mask", "position_embeddings", "position_ids", "shared_kv_states",
+            "relative_distance",
+        )  # fmt: skip
         check_arguments(kwargs, self.rows, self.length, done)
         taken = {name: value if name in done else self._take(value) for name, value in kwargs.items()}
         if self.active.valid is not None:

@@ -33,12 +33,22 @@ _WINDOWS_OF_PATCHES = {"muse_glimmer", "muse_spark"}
 """Of these, towers that sort single patches by windows and sort them back at their end."""
 _GROUPED = {
     "cohere_compass", "cosmos3_edge", "cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v",
-    "glm4v_moe", "glm_ocr", "hyperclovax_vision_v2", "minimax_m3_vl", "qwen2_5_omni_thinker", "qwen2_5_vl",
+    "glm4v_moe", "glm5_next", "glm_ocr", "hyperclovax_vision_v2", "minimax_m3_vl", "qwen2_5_omni_thinker", "qwen2_5_vl",
     "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen4_exp",
     "video_llama_3",
 }  # fmt: skip
 """Streams in which the patches that will merge follow each other, as Qwen-VL's processor lays them."""
-_MIXES = {"deepseek_ocr2": "an encoder with queries of its own", "step3p7": "overlapping convolutions"}
+_SHAPES = {
+    "lfm2_vl": "spatial_shapes", "minicpm_ocr": "target_sizes", "minicpmv4_6": "target_sizes",
+    "minicpmv4_7": "target_sizes", "nemotron_h_omni": "image_grid_hw",
+}  # fmt: skip
+"""Families that are told the height and width of each image in patches, which lie row by row, and under which name."""
+_PADDED = {"lfm2_vl"}
+"""Of these, those whose tower sees a batch of rows as long as the longest image."""
+_MIXES = {
+    "deepseek_ocr2": "an encoder with queries of its own", "lfm3_vl": "overlapping windows",
+    "step3p7": "overlapping convolutions",
+}  # fmt: skip
 """Families whose visual tokens overlap, or see all patches, by something that no name in the model tells."""
 _LOCAL_ATTENTION = {"molmo2"}
 """Families whose connector attends within the patches of one visual token only."""
@@ -117,7 +127,8 @@ def check_feature_layer(anatomy: Anatomy, info: dict[str, Any]) -> None:
 def is_stream(anatomy: Anatomy, info: dict[str, Any], video: bool = False) -> bool:
     """Whether the tower sees all images of a call end to end, in place of a batch of squares."""
     pixtral = getattr(getattr(anatomy.vision, "config", None), "model_type", "") == "pixtral"
-    return pixtral or _grids(info, video) is not None
+    kind = getattr(anatomy.config, "model_type", "")
+    return pixtral or _grids(info, video) is not None or kind in _SHAPES.keys() - _PADDED
 
 
 def plan_tower(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any], video: bool) -> TowerPlan:
@@ -137,6 +148,9 @@ def plan_tower(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any],
     if grids is not None:
         plan = _stream_plan(anatomy, grids, info.get("video_merge_sizes" if video else "image_merge_sizes"))
         return _compressed(plan, info.get("video_compression_mask")) if video else plan
+    shapes = _SHAPES.get(getattr(anatomy.config, "model_type", ""))
+    if shapes is not None:
+        return _shaped_plan(anatomy, info.get(f"{shapes}_videos" if video else shapes), tokens)
     if video:
         return _video_plan(anatomy, blocks, tokens, info)
     if is_stream(anatomy, info):
@@ -324,6 +338,33 @@ def _stream_plan(anatomy: Anatomy, grids: Tensor, merges: Any = None) -> TowerPl
 
     index = _blocks([h * w for h, w in sizes])
     return TowerPlan(join, index, None, sum(h * w for h, w in sizes), torch.tensor(sizes))
+
+
+def _shaped_plan(anatomy: Anatomy, shapes: Tensor | None, tokens: int) -> TowerPlan:
+    """LFM2-VL, MiniCPM-V, Nemotron: images row by row, at their own size, each after the tower's own tokens if any."""
+    config, vision = anatomy.config, anatomy.vision_config
+    if shapes is None:
+        raise UnsupportedError(f"{type(anatomy.model).__name__} was not told the sizes of its images in patches")
+    extra = getattr(vision, "num_cls_tokens", 0) + getattr(vision, "num_registers", 0)
+    sizes = [(h, w) for h, w in torch.as_tensor(shapes).tolist()]
+    if hasattr(config, "merge_kernel_size"):  # MiniCPM-V: the tower may merge in its middle, and the connector often
+        step = config.merge_kernel_size[0] ** config.merger_times
+        if tokens * 4 == sum(h * w for h, w in sizes):
+            sizes = [(h // 2, w // 2) for h, w in sizes]
+    elif hasattr(config, "downsample_factor"):
+        step = config.downsample_factor
+    else:
+        step = round(1 / config.downsample_ratio)
+    padded = getattr(config, "model_type", "") in _PADDED
+
+    def join(part: Tensor) -> Tensor:
+        images = list(part) if padded else part[0].split([h * w + extra for h, w in sizes])
+        grids = [image[extra : extra + h * w] for image, (h, w) in zip(images, sizes)]
+        return torch.cat([_grouped(grid[None], h, w, step) for grid, (h, w) in zip(grids, sizes)])
+
+    merged = [(h // step, w // step) for h, w in sizes]
+    index = _blocks([h * w for h, w in merged])
+    return TowerPlan(join, index, None, sum(h * w for h, w in merged), torch.tensor(merged))
 
 
 def _compressed(plan: TowerPlan, shown: Tensor | None) -> TowerPlan:

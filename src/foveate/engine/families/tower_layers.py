@@ -16,7 +16,10 @@ _NORM_NAMES = ("layer_norm2", "layernorm_after")
 
 def attention_modules(tower: nn.Module) -> list[nn.Module]:
     """The self-attention modules of a tower, in depth order. Raises `UnsupportedError` if none can be read."""
-    named = [module for name, module in tower.named_modules() if name.rpartition(".")[2] in _ATTENTION_NAMES]
+    paths = [(name.split("."), module) for name, module in tower.named_modules()]
+    # Of a list of layers: MiniCPM-V's tower merges patches between two of them, by attention of its own.
+    listed = [(path, module) for path, module in paths if any(part.isdigit() for part in path)] or paths
+    named = [module for path, module in listed if path[-1] in _ATTENTION_NAMES]
     found = [module for module in named if hasattr(module, "config")]
     if not found:
         what = f"computes its attention by itself ({type(named[0]).__name__})" if named else "has no attention"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import foveate
 from foveate import zoo
 from foveate.cli import app, shell
+from foveate.zoo.moving import clips
 from foveate.zoo.scenes import scenes
 from tests import families
 
@@ -284,6 +285,44 @@ def test_run_that_removes_nothing_answers_the_same(picture, tmp_path):
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["answer"] == found["answer_full"]
     assert found["flops_ratio"] == 1
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "clip.gif"
+    first, *others = clips(1, seed=0, frames=6)[0].frames
+    first.save(path, save_all=True, append_images=others, duration=250)
+    return path
+
+
+def test_run_on_a_video_with_a_film_strip(clip, tmp_path):
+    strip, wrote = tmp_path / "strip.png", tmp_path / "run.json"
+    result = invoke(
+        *RUN, "--video", clip, "--frames", 3, "-m", "evs", "-k", "0.5", "--repeats", 1, "--overlay", strip,
+        "--json", wrote,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "its 3 frames went in as images" in result.stdout
+    found = json.loads(wrote.read_text())
+    assert (found["image"], found["video"]) == (None, str(clip))
+    assert found["frames"] == [0, 2, 5]
+    assert found["seconds"] == [0, 0.5, 1.25]
+    assert found["visual_tokens"] == 3 * 196
+    assert [step["frame"] for step in found["visual_tokens_by_step"]] == [0, 1, 2]
+    assert found["visual_tokens_by_step"][0]["kept"] == 196
+    assert sum(step["kept"] for step in found["visual_tokens_by_step"]) == 3 * 98 == found["visual_tokens_entering"]
+    with Image.open(strip) as drawn:
+        assert drawn.width > drawn.height
+
+
+def test_bad_videos(clip, picture, tmp_path):
+    asked = (*RUN, "-m", "evs", "-k", "0.5")
+    assert complaint(*asked, "--video", tmp_path / "none.mp4").endswith("none.mp4: no such file or folder")
+    assert "give --image or --video" in complaint(*asked)
+    assert "give one of them" in complaint(*asked, "--video", clip, "--image", picture)
+    assert "one frame is an image" in complaint(*asked, "--video", clip, "--frames", "1")
+    assert "takes no videos" in complaint(*asked, "--image", picture)
+    assert "--heat" in complaint(*asked, "--video", clip, "--heat")
 
 
 def test_tune_finds_the_first_layer_within_the_limit(tmp_path):

@@ -292,6 +292,7 @@ def test_importing_the_package_stays_light():
     """Optional and heavy parts are imported only when asked for."""
     heavy = [
         "gradio",
+        "av",
         "matplotlib",
         "peft",
         "pyarrow",

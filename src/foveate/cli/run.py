@@ -1,4 +1,4 @@
-"""`foveate run`: one image, one question, with and without reduction."""
+"""`foveate run`: one image or video, one question, with and without reduction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 import foveate
 
-from ..evaluate.data import Sample, open_image
+from ..evaluate.data import Sample, VideoSample, open_image
 from .shell import (
     CommandError,
     JsonOption,
@@ -28,15 +28,23 @@ __all__ = ["run"]
 
 def run(
     model: Annotated[str, typer.Argument(help="A Hub id, a local folder, or zoo:NAME (shipped in the package).")],
-    image: Annotated[Path, typer.Option("--image", "-i", help="Image file.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about it.")],
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Image file.")] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option("--video", help="Video file, animated image, folder of images, or .npy of (T, H, W, 3)."),
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of the video that the model is shown, evenly.")] = 8,
     method: Annotated[
         str | None, typer.Option("--method", "-m", help="A name from `foveate methods`; default: sparsevlm.")
     ] = None,
     keep: KeepOption = None,
     option: OptionsOption = None,
     recipe: RecipeOption = None,
-    overlay: Annotated[Path | None, typer.Option("--overlay", metavar="FILE", help="Picture of what was kept.")] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option("--overlay", metavar="FILE", help="Picture of what was kept; of a video a film strip."),
+    ] = None,
     heat: Annotated[bool, typer.Option("--heat", help="With the scores by which the method chose.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills, each with and without reduction.")] = 3,
@@ -47,26 +55,38 @@ def run(
     """Answer one question with and without reduction, side by side, with what it saved.
 
     Example: foveate run zoo:tiny-llava --image photo.png --prompt "what shape is red?" --method fastv --keep 0.33
+
+    Example: foveate run MODEL --video clip.mp4 --frames 16 --prompt "what moves?" --method vidcom2 --overlay strip.png
     """
     from ..evaluate import answer as answering
     from ..evaluate.compare import costs, prefill_times
+    from ..evaluate.videos import open_video
+    from ..view import film_strip, save
     from ..view import overlay as draw
-    from ..view import save
     from ..view.seen import as_seen
 
     if method is None and recipe is None:
         method = "sparsevlm"
     reducer, options = method_and_options(method, keep, option, recipe)
     method = method or foveate.recipe.describe(reducer).get("method", "chain")
-    picture = open_image(image)
+    if (image is None) == (video is None):
+        raise CommandError("give --image or --video" if image is None else "--image and --video: give one of them")
+    clip = open_video(video, frames) if video is not None else None
+    picture = clip.frames[len(clip.frames) // 2] if clip is not None else open_image(image or "")
     writable(json)
     writable(overlay)
     if not prompt.strip():
         raise CommandError("prompt: is empty")
     vlm = answering.load(model, dtype, device)  # type: ignore[arg-type]
-    sample = Sample(image=picture, question=prompt, answer="", kind="", image_id=str(image))
+    sample = Sample(image=picture, question=prompt, answer="", kind="", image_id=str(image or video))
+    if clip is not None:
+        sample = VideoSample(**vars(sample), video=clip)
+        if len(clip.frames) == 1 and not vlm.sees_videos:
+            raise CommandError(f"video {video}: one frame is an image to a model that takes no videos; use --image")
+        if heat:
+            raise CommandError("--heat: the scores of a video are not drawn")
     inputs = vlm.inputs([sample])
-    with foveate.apply(vlm.model, reducer) as session:
+    with vlm.apply(reducer, [sample], inputs) as session:
         said = answering.answer(vlm, inputs, max_new_tokens)
         trace = session.trace
     full = answering.answer(vlm, inputs, max_new_tokens).checked(f"model {model}: its").texts[0]
@@ -79,13 +99,20 @@ def run(
     if overlay is not None:
         title = f"{method}{'' if keep is None else f', keep {keep}'}"
         try:
-            shown = as_seen(picture, vlm.processor)
-            save(draw(shown, trace, title=title, question=prompt, answers=(full, reduced), heat=heat), overlay)
+            told: dict[str, Any] = {"title": title, "question": prompt, "answers": (full, reduced)}
+            if clip is None:
+                drawn = draw(as_seen(picture, vlm.processor), trace, heat=heat, **told)
+            else:
+                rules = vlm.processor.video_processor if vlm.sees_videos else vlm.processor
+                seen = [as_seen(frame, rules) for frame in clip.frames]
+                drawn = film_strip(seen, trace, seconds=clip.seconds, **told)
+            save(drawn, overlay)
         except (ValueError, OSError) as error:
             raise CommandError(f"overlay {overlay}: {error}") from error
     result: dict[str, Any] = {
         "model": model,
-        "image": str(image),
+        "image": None if image is None else str(image),
+        **_of_video(video, clip, trace),
         "prompt": prompt,
         "method": method,
         "options": options,
@@ -112,11 +139,26 @@ def run(
     ]
     table(["", "full model", method, "reduced / full"], rows)
     say("Visual tokens are means over the decoder layers.")
+    if clip is not None and not vlm.sees_videos:
+        say(f"The model takes no videos: its {len(clip.frames)} frames went in as images.")
     if min(ours.entering, ours.after) >= theirs.visual_tokens:
         say(f"Nothing was removed: the prompt has {theirs.visual_tokens:.0f} visual tokens, and all of them were kept.")
     if overlay is not None:
         say(f"Picture: {overlay}")
     write_json(json, result)
+
+
+def _of_video(path: Path | None, clip: Any, trace: Any) -> dict[str, Any]:
+    """What the result says of a video besides: its frames, and how many tokens of each time step stayed."""
+    from ..view.strip import shots
+
+    if clip is None:
+        return {}
+    try:
+        steps = [{"frame": shot.frame, "kept": shot.kept, "total": shot.total} for shot in shots(clip.frames, trace)]
+    except ValueError:  # nobody knows which token is of which frame
+        steps = []
+    return {"video": str(path), "frames": list(clip.indices), "seconds": clip.seconds, "visual_tokens_by_step": steps}
 
 
 def _beside(full: float, reduced: float, form: str) -> tuple[str, str, str]:

@@ -7,17 +7,22 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..engine.apply import apply
+from ..engine.families.parts import resolve
+from ..engine.session import Session
 from ..ops.logits import has_softmax
-from ..reduction import UnsupportedError
-from .data import Sample, size_of
+from ..reduction import Reducer, UnsupportedError
+from .data import Sample, size_of, video_of
+from .videos import Video
 
 __all__ = [
     "VLM",
@@ -61,20 +66,27 @@ class VLM:
         """The processor's tokenizer."""
         return self.processor.tokenizer
 
-    def prompt(self, question: str) -> str:
-        """One user turn with one image, ready for generation.
+    @property
+    def sees_videos(self) -> bool:
+        """Whether its processor takes videos; else frames go in as images."""
+        return getattr(self.processor, "video_processor", None) is not None
+
+    def prompt(self, question: str, video: Video | None = None) -> str:
+        """One user turn with one image, or with a video, ready for generation.
 
         The processor's chat template writes it; a processor without one gets LLaVA-1.5's form,
-        `USER: <image>\\n{question} ASSISTANT:`, with the processor's own image token.
+        `USER: <image>\\n{question} ASSISTANT:`, with the processor's own image token. Where the processor takes no
+        videos, the frames of one are as many images.
         """
+        seen = ["image"] if video is None else ["video"] if self.sees_videos else ["image"] * len(video.frames)
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
+            content = [*({"type": kind} for kind in seen), {"type": "text", "text": question}]
             text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
         else:
-            image_token = getattr(self.processor, "image_token", None) or "<image>"
-            text = f"{self.tokenizer.bos_token or ''}USER: {image_token}\n{question} ASSISTANT:"
+            tokens = [getattr(self.processor, f"{kind}_token", None) or f"<{kind}>" for kind in seen]
+            text = f"{self.tokenizer.bos_token or ''}USER: {''.join(tokens)}\n{question} ASSISTANT:"
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos) and self.tokenizer("x").input_ids[:1] == [self.tokenizer.bos_token_id]:
             text = text.removeprefix(bos)  # this tokenizer adds it by itself
@@ -83,10 +95,10 @@ class VLM:
     def inputs(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """Model kwargs for a batch of samples, on the model's device; prompts padded on the left."""
         encoded = self.processor(
-            images=[sample.image for sample in samples],
-            text=[self.prompt(sample.question) for sample in samples],
+            text=[self.prompt(sample.question, video_of(sample)) for sample in samples],
             return_tensors="pt",
             padding=len(samples) > 1,
+            **self._pixels(samples),
         )
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             encoded.pop("token_type_ids", None)  # some tokenizers return them to models that refuse them
@@ -95,6 +107,29 @@ class VLM:
             key: value.to(floating.device, floating.dtype if value.is_floating_point() else None)
             for key, value in encoded.items()
         }
+
+    def _pixels(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """What the processor is given to look at: images, or videos."""
+        videos = [video for video in map(video_of, samples) if video is not None]
+        if not videos:
+            return {"images": [sample.image for sample in samples]}
+        if not self.sees_videos:
+            return {"images": [frame for video in videos for frame in video.frames]}
+        told = [
+            {"total_num_frames": video.total, "fps": video.fps or 1.0, "frames_indices": list(video.indices),
+             "duration": video.total / (video.fps or 1.0), "width": video.size[0], "height": video.size[1]}
+            for video in videos
+        ]  # fmt: skip
+        arrays = [np.stack([np.asarray(frame) for frame in video.frames]) for video in videos]
+        return {"videos": arrays, "video_metadata": told, "do_sample_frames": False}
+
+    def apply(self, reducer: Reducer, samples: Sequence[Sample], inputs: Mapping[str, Any]) -> Session:
+        """`foveate.apply` for just these inputs: frames that go in as images are numbered as one video."""
+        visual, anatomy = None, resolve(self.model)
+        if not anatomy.takes_videos and any(video_of(sample) is not None for sample in samples):
+            placeholders = anatomy.find_placeholders(inputs["input_ids"], None)
+            visual = None if placeholders is None else placeholders.long()
+        return apply(self.model, reducer, visual=visual)
 
 
 @dataclass
@@ -244,7 +279,7 @@ def groups(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[list
     """
     shapes: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
-        length = len(vlm.tokenizer(vlm.prompt(sample.question)).input_ids)
+        length = len(vlm.tokenizer(vlm.prompt(sample.question, video_of(sample))).input_ids)
         shapes.setdefault((length, size_of(sample)), []).append(index)
     for indices in shapes.values():
         for start in range(0, len(indices), size):

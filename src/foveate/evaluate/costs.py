@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..engine.apply import apply
 from ..engine.trace import Trace
 from ..measure import Geometry, exact_flops, kv_bytes, prefill_flops
 from ..reduction import Reducer, UnsupportedError
@@ -130,7 +129,7 @@ def prefill_spreads(
         for batch in chosen:
             for i in order:
                 reducer = reducers[i]
-                with apply(vlm.model, reducer) if reducer is not None else nullcontext():
+                with vlm.apply(reducer, batch.samples, batch.inputs) if reducer is not None else nullcontext():
                     if not seconds[i]:
                         prefill_seconds(vlm, batch.inputs)
                     seconds[i].append(prefill_seconds(vlm, batch.inputs))

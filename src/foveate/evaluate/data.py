@@ -19,6 +19,7 @@ from PIL import Image
 from ..zoo.scenes import Sample, scenes
 from .images import DataError, StoredImage, open_image
 from .rows import file_rows
+from .videos import Video
 
 __all__ = [
     "DATASETS",
@@ -30,6 +31,7 @@ __all__ = [
     "open_image",
     "references",
     "size_of",
+    "video_of",
 ]
 
 DATASETS = ("easy-vqa", "scenes")
@@ -65,8 +67,23 @@ class StoredSample(LabelledSample):
         self.__dict__["_image"] = image
 
 
-def size_of(sample: Sample) -> tuple[int, int]:
-    """(width, height) of a sample's image, which need not be decoded for it."""
+@dataclass(frozen=True)
+class VideoSample(LabelledSample):
+    """A question about a video. `image` is the frame in its middle, for whoever shows one picture."""
+
+    video: Video | None = None
+
+
+def video_of(sample: Sample) -> Video | None:
+    """The frames that a question is about; None where it is about an image."""
+    return getattr(sample, "video", None)
+
+
+def size_of(sample: Sample) -> tuple[int, ...]:
+    """(width, height) of a sample's image, which need not be decoded for it; of a video (frames, width, height)."""
+    video = video_of(sample)
+    if video is not None:
+        return len(video.frames), *video.size
     image = getattr(sample, "_image", None)
     return image.size if isinstance(image, StoredImage) else sample.image.size
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from .. import zoo
-from ..engine.apply import apply
 from ..recipe import CHAIN, Recipe
 from ..reducers.chain import Chain
 from ..reduction import Budget, BudgetError, OptionError, Reducer, UnsupportedError, check_names, options
@@ -124,8 +123,9 @@ def refusal(recipe: Recipe, vlm: VLM, sample: Sample) -> Exception | None:
     try:
         reducer = build_reducer(recipe, vlm)
         if reducer is not None:
-            with torch.inference_mode(), apply(vlm.model, reducer):
-                prefill_seconds(vlm, vlm.inputs([sample]))
+            inputs = vlm.inputs([sample])
+            with torch.inference_mode(), vlm.apply(reducer, [sample], inputs):
+                prefill_seconds(vlm, inputs)
     except (OptionError, BudgetError, UnsupportedError) as error:
         return error
     return None

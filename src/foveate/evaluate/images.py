@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-__all__ = ["MAX_PIXELS", "DataError", "StoredImage", "open_image"]
+__all__ = ["MAX_PIXELS", "DataError", "StoredImage", "open_image", "opened"]
 
 MAX_PIXELS = 50_000_000
 """Largest image that is decoded, from the command line, a data file or the page; a 48-megapixel photograph passes."""
@@ -33,7 +33,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     Raises:
         DataError: no such file, no image, or one of more than `MAX_PIXELS`; names the file.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
@@ -53,7 +53,7 @@ class StoredImage:
 
     def __init__(self, source: str | Path | bytes, where: str):
         self.source, self.where = source, where
-        with self._named(), _opened(source) as image:
+        with self._named(), opened(source) as image:
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             self.size = image.size[::-1] if turned else image.size
 
@@ -71,7 +71,7 @@ class StoredImage:
 
 
 @contextmanager
-def _opened(source: str | Path | bytes) -> Iterator[Image.Image]:
+def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
     """An image of which only the head was read yet."""
     name = "its bytes" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not os.path.isfile(source):

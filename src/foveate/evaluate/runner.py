@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..engine.apply import apply
 from ..engine.vision.shared import SharedVision, shareable
 from ..recipe import Recipe
 from ..reduction import BudgetError, OptionError, Reducer, UnsupportedError
@@ -118,7 +117,7 @@ class Runner:
         for number in sorted({0, *wanted}):
             reducer = self.reducers[number]
             try:
-                with apply(self.vlm.model, reducer or _Nothing()) as session:
+                with self.vlm.apply(reducer or _Nothing(), batch.samples, batch.inputs) as session:
                     sharing = self.share_vision and shareable(session.reducer)
                     with shared.serving() if sharing else contextlib.nullcontext():
                         said = answer(self.vlm, batch.inputs, self.max_new_tokens)

@@ -2,5 +2,6 @@
 
 from .overlay import SheetCell, SheetRow, overlay, save, sheet
 from .patches import Panel, panels
+from .strip import film_strip
 
-__all__ = ["Panel", "SheetCell", "SheetRow", "overlay", "panels", "save", "sheet"]
+__all__ = ["Panel", "SheetCell", "SheetRow", "film_strip", "overlay", "panels", "save", "sheet"]

@@ -24,13 +24,28 @@ from ..engine.trace import Trace
 from ..files import write_whole
 from .patches import Canvas, background, canvases, count_kept, paint, panels, pruning_stages, stage_name
 
-__all__ = ["SheetCell", "SheetRow", "new_figure", "overlay", "save", "sheet"]
+__all__ = [
+    "INK",
+    "SOFT",
+    "SheetCell",
+    "SheetRow",
+    "head",
+    "head_height",
+    "new_figure",
+    "overlay",
+    "save",
+    "sheet",
+    "show",
+]
 
-_INK, _PAPER, _SOFT, _GOOD, _BAD = "#1b1f24", "#ffffff", "#6a737d", "#1a7f37", "#cf222e"
+INK, _PAPER, SOFT, _GOOD, _BAD = "#1b1f24", "#ffffff", "#6a737d", "#1a7f37", "#cf222e"
+_LETTER = 0.11
+"""Inches that a letter of the head takes, on the safe side."""
 
 
 # ------------------------------------------------------------------------------------------------------ the figure
-def _show(axes: Any, pixels: np.ndarray, title: str, colour: str = _INK) -> None:
+def show(axes: Any, pixels: np.ndarray, title: str, colour: str = INK) -> None:
+    """Pixels (H, W, 3) in a place of a figure, without ticks and frame."""
     axes.imshow(pixels, interpolation="nearest")
     axes.set_title(title, fontsize=9.5, color=colour, pad=5)
     axes.set_xticks([])
@@ -77,14 +92,14 @@ def overlay(
     stages = [panel.stage for panel in lines[0] if panel.kind == "kept"]
     columns = 1 + len(stages)
     width = max(5.6, 2.5 * columns + 0.2)
-    head = 0.28 * len([line for line in (title, question, answers) if line]) + 0.12
+    top = head_height(title, question, answers)
     each = 2 if any(panel.kind == "scores" for panel in lines[0]) else 1
     rows = each * len(lines)
     aspect = max(line[0].pixels.shape[0] / line[0].pixels.shape[1] for line in lines)
-    height = head + rows * (2.4 * min(aspect, 2.0) + 0.38)
+    height = top + rows * (2.4 * min(aspect, 2.0) + 0.38)
     figure = new_figure(width, height)
     axes = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=1 - (head + 0.26) / height, wspace=0.06, hspace=0.18)
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=1 - (top + 0.26) / height, wspace=0.06, hspace=0.18)
     for number, line in enumerate(lines):
         for place in axes[each * number : each * (number + 1)].flat:
             place.set_axis_off()
@@ -92,25 +107,47 @@ def overlay(
             column = 0 if panel.stage is None else 1 + stages.index(panel.stage)
             place = axes[each * number + (panel.kind == "scores"), column]
             place.set_axis_on()
-            _show(place, panel.pixels, panel.title, _INK if panel.kind == "kept" else _SOFT)
-    _head(figure, height, title, question, answers)
+            show(place, panel.pixels, panel.title, INK if panel.kind == "kept" else SOFT)
+    head(figure, height, title, question, answers)
     return figure
 
 
-def _head(
+def head_height(title: str | None, question: str | None, answers: tuple[str, str] | None) -> float:
+    """Inches that `head` takes."""
+    return 0.28 * len([line for line in (title, question, answers) if line]) + 0.12
+
+
+def head(
     figure: Figure, height: float, title: str | None, question: str | None, answers: tuple[str, str] | None
 ) -> None:
-    top = height - 0.24
+    """The lines at the top of a picture of `height` inches; the answers in green if they are equal, else in red."""
+    top, width = height - 0.24, figure.get_figwidth() / _LETTER
     for text, weight, size in ((title, "bold", 11.5), (question, "normal", 11)):
         if text:
-            figure.text(0.5, top / height, text, ha="center", va="center", fontsize=size, weight=weight, color=_INK)
+            figure.text(
+                0.5,
+                top / height,
+                _fitting(text, width),
+                ha="center",
+                va="center",
+                fontsize=size,
+                weight=weight,
+                color=INK,
+            )
             top -= 0.28
     if answers:
-        full, reduced = (answer or "(nothing)" for answer in answers)
+        same = answers[0] == answers[1]
+        full, reduced = (_fitting(answer or "(nothing)", width / 2 - len("   full model: ")) for answer in answers)
         at = top / height
-        figure.text(0.5, at, f"full model: {full}   ", ha="right", va="center", fontsize=11, color=_INK)
-        colour = _GOOD if full == reduced else _BAD
+        figure.text(0.5, at, f"full model: {full}   ", ha="right", va="center", fontsize=11, color=INK)
+        colour = _GOOD if same else _BAD
         figure.text(0.5, at, f"   reduced: {reduced}", ha="left", va="center", fontsize=11, color=colour, weight="bold")
+
+
+def _fitting(text: str, letters: float) -> str:
+    """A line of at most so many letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= letters else line[: max(1, int(letters) - 3)].rstrip() + "..."
 
 
 # -------------------------------------------------------------------------------------------------------- the sheet
@@ -154,16 +191,16 @@ def sheet(rows: Sequence[SheetRow], title: str | None = None) -> Figure:
     axes = figure.subplots(len(rows), columns, squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - (head + 0.5) / height, wspace=0.05, hspace=0.3)
     for line, row in zip(axes, rows):
-        _show(line[0], background(Canvas("", row.image, [])), f"{row.question}\nfull model: {row.answer}")
+        show(line[0], background(Canvas("", row.image, [])), f"{row.question}\nfull model: {row.answer}")
         for panel, cell in zip(line[1:], row.cells):
             canvas = canvases([row.image], cell.trace, cell.row, cell.trace.layout)[0]
             stage = pruning_stages(cell.trace, cell.row)[-1]
             kept, total = count_kept(cell.trace, cell.row, stage)
             pixels = paint(background(canvas), canvas.cells, cell.trace.origins(stage)[cell.row].cpu())
             name = f"{cell.method}: {cell.answer or '(nothing)'}\n{stage_name(stage)}: {kept} of {total}"
-            _show(panel, pixels, name, _GOOD if cell.answer == row.answer else _BAD)
+            show(panel, pixels, name, _GOOD if cell.answer == row.answer else _BAD)
     if title:
-        figure.text(0.5, 1 - 0.22 / height, title, ha="center", va="center", fontsize=12, weight="bold", color=_INK)
+        figure.text(0.5, 1 - 0.22 / height, title, ha="center", va="center", fontsize=12, weight="bold", color=INK)
     return figure
 
 

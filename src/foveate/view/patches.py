@@ -28,6 +28,7 @@ __all__ = [
     "Panel",
     "background",
     "canvases",
+    "cells_of",
     "count_kept",
     "paint",
     "paint_scores",
@@ -44,7 +45,10 @@ _SIDE = 448  # pixels of the longer side of a painted panel
 
 @dataclass(frozen=True)
 class Cell:
-    """One patch on a picture: its slot in the sequence and its box (left, top, right, bottom) in fractions of it."""
+    """One patch on a picture: its slot in the sequence and its box (left, top, right, bottom) in fractions of it.
+
+    The slot is -1 where the model has left the patch out by itself.
+    """
 
     slot: int
     box: tuple[float, float, float, float]
@@ -60,7 +64,7 @@ class Canvas:
 
 
 # ------------------------------------------------------------------------------------------------------ the pixels
-def paint(picture: np.ndarray, cells: Sequence[Cell], origins: Tensor) -> np.ndarray:
+def paint(picture: np.ndarray, cells: Sequence[Cell], origins: Tensor, others: Sequence[Cell] = ()) -> np.ndarray:
     """Mark on a picture which patches stayed.
 
     Kept patches stay as they are but for a thin border; removed ones turn dark and grey; the members of a merged token
@@ -70,6 +74,7 @@ def paint(picture: np.ndarray, cells: Sequence[Cell], origins: Tensor) -> np.nda
         picture: (H, W, 3) uint8.
         cells: the patches on it.
         origins: (S,) long as from `Trace.origins`: the slot that stands for each slot, -1 if it was dropped.
+        others: patches of further pictures, with which some of these may be merged.
 
     Returns:
         (H, W, 3) uint8.
@@ -77,9 +82,9 @@ def paint(picture: np.ndarray, cells: Sequence[Cell], origins: Tensor) -> np.nda
     colour = picture.astype(np.float32)
     grey = colour @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     out = colour.copy()
-    owner = origins.tolist()
+    owner = [*origins.tolist(), -1]  # the last is that of slot -1
     members: dict[int, int] = {}
-    for slot in (owner[cell.slot] for cell in cells):
+    for slot in (owner[cell.slot] for cell in (*cells, *others)):
         members[slot] = members.get(slot, 0) + 1
     groups = sorted(slot for slot, count in members.items() if slot >= 0 and count > 1)
     # Dropped patches first: a border belongs to the kept patch beside them.
@@ -134,7 +139,7 @@ def paint_scores(picture: np.ndarray, cells: Sequence[Cell], scores: Tensor, the
 
     grey = picture.astype(np.float32).mean(-1, keepdims=True).repeat(3, -1)
     out = DIM * grey
-    known = [cell for cell in cells if there[cell.slot] and math.isfinite(float(scores[cell.slot]))]
+    known = [cell for cell in cells if cell.slot >= 0 and there[cell.slot] and math.isfinite(float(scores[cell.slot]))]
     # Ranks, not values: attention is so skewed that one patch would outshine all others.
     order = sorted(known, key=lambda cell: float(scores[cell.slot]))
     for rank, cell in enumerate(order):
@@ -164,14 +169,15 @@ def canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layo
         for kind, blocks in groups.items():
             parts = ([f"image {number + 1}"] if len(known) > 1 else []) + ([kind] if len(groups) > 1 else [])
             shown = next(pictures, None) if frames else picture
-            found.append(Canvas(", ".join(parts), shown, [cell for block in blocks for cell in _cells(block)]))
+            found.append(Canvas(", ".join(parts), shown, [cell for block in blocks for cell in cells_of(block)]))
     return found[:_MAX_ROWS] or [_plain_grid(trace, row)]
 
 
-def _cells(block: Block) -> Iterator[Cell]:
+def cells_of(block: Block) -> Iterator[Cell]:
+    """The patches of a block whose area is known."""
     for patch, slot in enumerate(block.slots.tolist()):
         box = block.patch_box(patch)
-        if box is not None and slot >= 0:
+        if box is not None:
             yield Cell(slot, box)
 
 
@@ -217,7 +223,7 @@ def count_kept(trace: Trace, row: int, stage: int, cells: Sequence[Cell] | None 
     kept, there = trace.kept(stage)[row].cpu(), (trace.visual & trace.tokens)[row].cpu()
     if cells is None:
         return int(kept.sum()), int(there.sum())
-    slots = [cell.slot for cell in cells]
+    slots = [cell.slot for cell in cells if cell.slot >= 0]
     return int(kept[slots].sum()), int(there[slots].sum())
 
 

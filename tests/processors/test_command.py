@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
 from foveate.cli import app
-from tests.processors.build import family, tokenizer, vlm
-from tests.processors.media import photograph
+from tests.processors.build import VIDEO, family, tokenizer, vlm
+from tests.processors.media import frames, photograph, write_mp4
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
@@ -46,3 +47,43 @@ def test_run(name: str, tmp_path: Path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert 0 < found["visual_tokens_entering"] < found["visual_tokens"]
     assert (tmp_path / "kept.png").stat().st_size > 1000
+
+
+def _run_on_a_video(name: str, tmp_path: Path) -> Any:
+    pytest.importorskip("av")
+    for part in vlm(name):
+        part.save_pretrained(tmp_path / "model")
+    write_mp4(tmp_path / "clip.mp4", frames(8))
+    arguments = ["run", str(tmp_path / "model"), "--video", str(tmp_path / "clip.mp4"), "--frames", "4"]
+    arguments += ["--prompt", "what moves?", "--method", "vidcom2", "--keep", "0.5", "--max-new-tokens", "3"]
+    arguments += ["--json", str(tmp_path / "out.json"), "--overlay", str(tmp_path / "kept.png")]
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+UNKNOWN = {
+    "minicpmv4_6": "which frame of its video", "lfm3_vl": "which frame of its video", "perception_lm": "which frame",
+    "gemma4": "where in a frame", 
+}  # fmt: skip
+"""Families whose frames, or the patches in them, are not told apart."""
+FILM = [name for name in VIDEO if name not in {*UNKNOWN, "ernie4_5_vl_moe"}]  # ERNIE's processor lacks its font
+
+
+@family(FILM)
+def test_run_on_a_video(name: str, tmp_path: Path):
+    """Out of a file, through the family's own video processor; a film strip of what was kept of each time step."""
+    said = _run_on_a_video(name, tmp_path)
+    assert said.exit_code == 0, said.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["frames"] == [0, 2, 5, 7]
+    steps = found["visual_tokens_by_step"]
+    assert len(steps) in (2, 4)  # two frames at once in Qwen-VL
+    assert sum(step["kept"] for step in steps) == round(0.5 * sum(step["total"] for step in steps))
+    assert (tmp_path / "kept.png").stat().st_size > 1000
+
+
+@family([name for name in UNKNOWN if name in VIDEO])
+def test_a_video_that_is_not_understood_is_one_complaint(name: str, tmp_path: Path):
+    said = _run_on_a_video(name, tmp_path)
+    assert said.exit_code == 2
+    assert said.stderr.count("\n") == 1
+    assert UNKNOWN[name] in said.stderr

@@ -57,8 +57,10 @@ def shots(frames: Sequence[Image.Image], trace: Trace, row: int = 0) -> list[Sho
         raise ValueError("the trace has no stage: this method decided nothing")
     images = trace.layout.images[row] if trace.layout is not None else []
     steps: list[Block] = next((f for i in images if (f := [b for b in i.blocks if b.kind == "frame"])), [])
-    if not steps or any(block.box is None for block in steps):
+    if not steps:
         raise ValueError("which slots of the prompt are which frame of the video is not known")
+    if any(block.box is None for block in steps):
+        raise ValueError("where in a frame each visual token lies is not known for this model")
     stage, found = pruning_stages(trace, row)[-1], []
     for time, block in enumerate(steps):
         frame = min(time * len(frames) // len(steps), len(frames) - 1)

@@ -77,12 +77,12 @@ def _squares(prompt: LayoutInputs) -> list[Stream]:
 
     A crop of Gemma 3's pan-and-scan is an image of its own: nothing in the inputs says that it is a crop.
     """
-    tokens = getattr(prompt.config, "mm_tokens_per_image", None)
-    if not tokens:
-        tokens = prompt.lengths[0] if prompt.lengths and len(set(prompt.lengths)) == 1 else _tower_side(prompt) ** 2
     images, videos = modality(prompt.anatomy, prompt.visual, prompt.info)
     slots, streams = prompt.slots(images), _frames(prompt, videos)
     if slots:
+        tokens = getattr(prompt.config, "mm_tokens_per_image", None)
+        if not tokens:
+            tokens = prompt.lengths[0] if prompt.lengths and len(set(prompt.lengths)) == 1 else _tower_side(prompt) ** 2
         streams.append((slots, [[Piece("base", _square(tokens))] for _ in range(_times(len(slots), tokens))]))
     return streams
 
@@ -95,7 +95,7 @@ def _frames(prompt: LayoutInputs, slots: Tensor) -> list[Stream]:
     ends = [NEWLINE] if hasattr(prompt.anatomy.base, "apply_pooling") else []
     if prompt.video_lengths is None or prompt.video_frames is None:
         if not ends:
-            raise ValueError("frames are not told apart")
+            return [(prompt.slots(slots), _runs_as_frames(prompt, runs_of(slots)))]
         side = -(-_tower_side(prompt) // 2)
         pooled = Piece("frame", (side, side))
         runs = runs_of(slots)
@@ -105,6 +105,23 @@ def _frames(prompt: LayoutInputs, slots: Tensor) -> list[Stream]:
     has_class_token = math.isqrt(per_frame) ** 2 != per_frame
     frame = [*[NEWLINE] * has_class_token, Piece("frame", _square(per_frame - has_class_token))]
     return [(prompt.slots(slots), [[*frame * frames, *ends] for _ in range(videos)])]
+
+
+def _runs_as_frames(prompt: LayoutInputs, runs: list[Run]) -> list[list[Piece]]:
+    """Gemma 4, Molmo 2: frames between which time stamps stand; the features of each video come end to end."""
+    if prompt.video_lengths is None:
+        raise ValueError("frames are not told apart")
+    videos, left = [], iter(runs)
+    for length in prompt.video_lengths:
+        frames: list[Run] = []
+        while sum(run.length for run in frames) < length:
+            frames.append(next(left))
+        if len(frames) < 2 or len({run.length for run in frames}) > 1:  # MiniCPM-V: features come frame by frame
+            raise ValueError("frames are not told apart")
+        side = math.isqrt(frames[0].length)
+        grid, box = ((side, side), WHOLE) if side**2 == frames[0].length else ((1, frames[0].length), None)
+        videos.append([Piece("frame", grid, box)] * len(frames))
+    return videos
 
 
 def _grids(prompt: LayoutInputs) -> list[Stream]:

@@ -112,13 +112,15 @@ def modality(anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> tuple[Te
     """
     types, ids = (_cut_to(visual, info.get(name)) for name in ("mm_token_type_ids", "input_ids"))
     video = anatomy.video_token_id
-    if types is not None and bool((types[visual] > 0).all()):
+    both = [any(info.get(name) is not None for name in names) for names in (_OF_IMAGES, _OF_VIDEOS)]
+    if both == [False, True]:  # Molmo 2 writes the patches of frames with the id of those of images
+        is_video = torch.ones_like(visual)
+    elif types is not None and bool((types[visual] > 0).all()):
         is_video = types == 2
     elif ids is not None and video is not None:
         is_video = ids == video
     else:
-        both = [any(info.get(name) is not None for name in names) for names in (_OF_IMAGES, _OF_VIDEOS)]
-        is_video = torch.full_like(visual, both == [False, True])
+        is_video = torch.zeros_like(visual)
     return visual & ~is_video, visual & is_video
 
 

@@ -101,6 +101,7 @@ def test_keep_given_twice(picture):
     [
         (["run", ZOO, "--colour", "red"], "--colour"),
         (["run", ZOO], "--image"),
+        (["run", ZOO, "--image", "a.png"], "--prompt"),
         (["run"], "model"),
         (["paint"], "paint"),
         (["--colour"], "--colour"),

@@ -28,7 +28,7 @@ __all__ = ["run"]
 
 def run(
     model: Annotated[str, typer.Argument(help="A Hub id, a local folder, or zoo:NAME (shipped in the package).")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask about it.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to ask about it.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Image file.")] = None,
     video: Annotated[
         Path | None,
@@ -65,12 +65,14 @@ def run(
     from ..view import overlay as draw
     from ..view.seen import as_seen
 
+    if (image is None) == (video is None):
+        raise CommandError("give --image or --video" if image is None else "--image and --video: give one of them")
+    if prompt is None:
+        raise CommandError("give --prompt")
     if method is None and recipe is None:
         method = "sparsevlm"
     reducer, options = method_and_options(method, keep, option, recipe)
     method = method or foveate.recipe.describe(reducer).get("method", "chain")
-    if (image is None) == (video is None):
-        raise CommandError("give --image or --video" if image is None else "--image and --video: give one of them")
     clip = open_video(video, frames) if video is not None else None
     picture = clip.frames[len(clip.frames) // 2] if clip is not None else open_image(image or "")
     writable(json)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import foveate
-from tests.processors.build import about, family, vlm
+from tests.processors.build import FAMILIES, about, family, vlm
 from tests.processors.exact import DECODER, TOWER, judged
-from tests.processors.media import PHOTOGRAPHS, RGB, asked
+from tests.processors.media import PHOTOGRAPHS, RGB, asked, encoded
+
+CUT_APART = {"granite4_vision", "molmo2", "phi4_multimodal"}
+"""Families of which nothing tells whose the rows of patches are, or where a photograph ends and the next begins."""
 
 
 @family(quick="paligemma")
@@ -46,3 +50,14 @@ def test_a_ragged_batch_of_none_to_three_photographs(name: str):
 def test_photographs_of_every_shape_and_colour(name: str):
     shown = RGB if about(name, "rgb_only") else PHOTOGRAPHS
     judged(vlm(name), [asked("What is this?", photograph) for photograph in shown], "divprune", keep=0.5)
+
+
+@family([name for name in FAMILIES if name not in CUT_APART], quick="smolvlm")
+@torch.no_grad()
+def test_a_budget_in_tokens_is_of_a_photograph_whatever_it_is_cut_into(name: str):
+    model, processor = vlm(name)
+    prompt = encoded(processor, [asked("And these?", "portrait", "landscape"), asked("One?", "panorama")])
+    with foveate.apply(model, foveate.Random(keep=3)) as session:
+        model(**prompt)
+    kept = session.trace.active(-1) & session.trace.visual
+    assert kept.sum(1).tolist() == [6, 3]

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..engine.layout import Block, Layout
 from ..engine.trace import Trace
 from ..reduction import BEFORE_LAYERS
+from .seen import WHOLE
 
 __all__ = [
     "Canvas",
@@ -169,6 +170,8 @@ def canvases(images: Sequence[Image.Image], trace: Trace, row: int, layout: Layo
         for kind, blocks in groups.items():
             parts = ([f"image {number + 1}"] if len(known) > 1 else []) + ([kind] if len(groups) > 1 else [])
             shown = next(pictures, None) if frames else picture
+            if kind == "tile" and shown is not None:
+                shown = shown.info.get(WHOLE, shown)
             found.append(Canvas(", ".join(parts), shown, [cell for block in blocks for cell in cells_of(block)]))
     return found[:_MAX_ROWS] or [_plain_grid(trace, row)]
 
@@ -189,7 +192,7 @@ def _plain_grid(trace: Trace, row: int) -> Canvas:
         Cell(slot, (i % width / width, i // width / height, (i % width + 1) / width, (i // width + 1) / height))
         for i, slot in enumerate(slots)
     ]
-    return Canvas("layout not known: tokens in sequence order", None, cells)
+    return Canvas("layout not known:\ntokens in sequence order", None, cells)
 
 
 def background(canvas: Canvas) -> np.ndarray:

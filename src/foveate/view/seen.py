@@ -6,23 +6,30 @@ from typing import Any
 
 from PIL import Image
 
-from ..engine.families.pixels import shown
+from ..engine.families.pixels import shown, tiles_whole_photographs
 
-__all__ = ["as_seen"]
+__all__ = ["WHOLE", "as_seen"]
+
+WHOLE = "foveate_whole"
+"""Key in the `info` of a picture of the whole photograph, which tiles show though the picture does not."""
 
 
 def as_seen(image: Image.Image, processor: Any) -> Image.Image:
     """A photograph as its processor hands it on: after the centre crop, or padded to a square. Not resized.
+
+    The processor is asked, with a picture of the same size.
 
     Args:
         image: the photograph.
         processor: of the model, with an `image_processor`, or an image processor. One that only resizes or tiles
             (SigLIP, Gemma, Qwen-VL) changes nothing of what is shown.
     """
-    part = shown(processor, *image.size)
+    part = None if processor is None else shown(processor, *image.size)
     if part is None:
         return image
-    (width, height), colour = part
-    out = Image.new("RGB", (width, height), tuple(round(255 * channel) for channel in colour))
-    out.paste(image.convert("RGB"), ((width - image.width) // 2, (height - image.height) // 2))
+    (left, top, right, bottom), colour = part
+    out = Image.new("RGB", (right - left, bottom - top), tuple(round(255 * channel) for channel in colour))
+    out.paste(image.convert("RGB"), (-left, -top))
+    if tiles_whole_photographs(processor):
+        out.info[WHOLE] = image
     return out

@@ -6,6 +6,8 @@ pieces (rectangles of patches); it raises whatever it likes if the inputs do not
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .layout_inputs import THUMB, LayoutInputs, Run, modality, runs_of
-from .tower import merge_side, pack, tiles_of
+from .tower import merge_side, pack, shaped, tiles_of
 
 __all__ = ["Piece", "Stream", "plan"]
 
@@ -80,6 +82,8 @@ def _squares(prompt: LayoutInputs) -> list[Stream]:
     images, videos = modality(prompt.anatomy, prompt.visual, prompt.info)
     slots, streams = prompt.slots(images), _frames(prompt, videos)
     if slots:
+        if prompt.oblong:
+            raise ValueError("the pixels are no squares")
         tokens = getattr(prompt.config, "mm_tokens_per_image", None)
         if not tokens:
             tokens = prompt.lengths[0] if prompt.lengths and len(set(prompt.lengths)) == 1 else _tower_side(prompt) ** 2
@@ -188,17 +192,51 @@ def _tiles_in_a_run(prompt: LayoutInputs) -> list[Stream]:
     return _tiled(prompt, [[run] for run in runs_of(prompt.visual)], tokens)
 
 
-def _tiles_one_apart(prompt: LayoutInputs) -> list[Stream]:
-    """Aya Vision: one marker token before each tile, the thumbnail last; two more tokens between images."""
+def _tiles_closed(prompt: LayoutInputs, after: int) -> list[Stream]:
+    """Aya Vision, Cohere 2 Vision: tags between the tiles of an image, the thumbnail last, then a closing tag."""
     tokens = prompt.lengths[0] if prompt.lengths else (_tower_side(prompt) // prompt.config.downsample_factor) ** 2
-    images: list[list[Run]] = []
-    for run in runs_of(prompt.visual):
-        last = images[-1][-1] if images else None
-        if last is not None and last.row == run.row and run.start == last.end + 1:
-            images[-1].append(run)
-        else:
-            images.append([run])
-    return _tiled(prompt, images, tokens)
+    return _tiled(prompt, _by_tag(prompt, lambda run: run.end + after), tokens)
+
+
+def _by_tag(prompt: LayoutInputs, place: Callable[[Run], int], opens: bool = False) -> list[list[Run]]:
+    """The runs of each image, which a tag closes, that behind the last run of a row; or opens, that before its first.
+
+    Args:
+        prompt: with `input_ids`.
+        place: slot of the tag of a run, if it has one.
+        opens: the tag begins an image.
+    """
+    ids, images = prompt.of_prompt("input_ids"), []
+    if ids is None:
+        raise ValueError("nothing tells the tiles of one image from those of the next")
+    for _, group in itertools.groupby(runs_of(prompt.visual), lambda run: run.row):
+        runs = list(group)
+        tag = int(ids[runs[0].row, place(runs[0 if opens else -1])])
+        marked = [int(ids[run.row, place(run)]) == tag for run in runs]
+        starts = marked if opens else [True, *marked[:-1]]
+        for run, first in zip(runs, starts):
+            images.append([run]) if first else images[-1].append(run)
+    return images
+
+
+def _tiles_before_the_whole(prompt: LayoutInputs) -> list[Stream]:
+    """Llama 4: tiles of the picture on a canvas of their own, of which the inputs do not say how much it fills."""
+    images = _by_tag(prompt, lambda run: run.end)
+    pieces = [[*(Piece("tile", _square(run.length), None) for run in tiles), Piece("thumbnail", _square(last.length))]
+              if tiles else [Piece("base", _square(last.length))] for *tiles, last in images]  # fmt: skip
+    return [(prompt.slots(prompt.visual), pieces)]
+
+
+def _shapes(prompt: LayoutInputs) -> list[Stream]:
+    """LFM2-VL, MiniCPM-V: tiles of different sizes, of which the inputs do not say what part they show."""
+    opens = "lfm2" not in prompt.config.model_type
+    images = _by_tag(prompt, lambda run: run.start - 1 if opens else run.end, opens)
+    sizes = iter(shaped(prompt.anatomy, prompt.info, sum(run.length for runs in images for run in runs)))
+    pieces = []
+    for runs in images:
+        box = WHOLE if len(runs) == 1 else None
+        pieces.append([Piece("base" if len(runs) == 1 else "tile", next(sizes), box) for _ in runs])
+    return [(prompt.slots(prompt.visual), pieces)]
 
 
 def _tiled(prompt: LayoutInputs, images: list[list[Run]], tokens: int) -> list[Stream]:
@@ -274,7 +312,12 @@ def _marked_image(rows: list[list[Run]], tokens: int, grid: tuple[int, int]) -> 
 
 _BY_MODEL_TYPE: dict[str, Callable[[LayoutInputs], list[Stream]]] = {
     "internvl": _tiles_in_a_run,
-    "aya_vision": _tiles_one_apart,
+    "aya_vision": functools.partial(_tiles_closed, after=0),
+    "cohere2_vision": functools.partial(_tiles_closed, after=1),  # each tile ends with a line break
+    "lfm2_vl": _shapes,
+    "llama4": _tiles_before_the_whole,
+    "minicpmv4_6": _shapes,
+    "minicpmv4_7": _shapes,
     "idefics3": _marked_tiles,
     "smolvlm": _marked_tiles,
     "mistral3": _native_sizes,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["THUMB", "LayoutInputs", "Run", "modality", "runs_of"]
 
-_PLACED_BY_PIXELS = ("internvl", "aya_vision")
+_PLACED_BY_PIXELS = ("internvl", "aya_vision", "cohere2_vision")
 _OF_IMAGES = ("image_grid_thw", "pixel_values", "image_features")
 _OF_VIDEOS = ("video_grid_thw", "pixel_values_videos", "video_features")
 THUMB = 16
@@ -45,6 +45,8 @@ class LayoutInputs:
     video_lengths: tuple[int, ...] | None = None
     video_frames: tuple[int, int] | None = None
     """Videos, and frames of each, where they come as (videos, frames, ...)."""
+    oblong: bool = False
+    """Whether images were given as anything but square pictures."""
     items: Tensor | None = None
     """(B, S) long, 1, 2, ... for the items of a row, as the caller numbers them."""
 
@@ -61,6 +63,9 @@ class LayoutInputs:
             "image_merge_sizes",
             "video_merge_sizes",
             "video_compression_mask",
+            "spatial_shapes",
+            "target_sizes",
+            "downsample_mode",
         )
         kept = {name: info[name] for name in names if info.get(name) is not None}
         kept |= {name: True for name in (*_OF_IMAGES, *_OF_VIDEOS) if name not in kept and info.get(name) is not None}
@@ -71,8 +76,10 @@ class LayoutInputs:
         frames = None
         if isinstance(videos, Tensor) and videos.dim() == 5:
             frames = (videos.shape[0], videos.shape[1])
+        pixels = info.get("pixel_values")
+        oblong = isinstance(pixels, Tensor) and (pixels.dim() < 4 or pixels.shape[-1] != pixels.shape[-2])
         of_images, of_videos = (_lengths(info.get(name)) for name in ("image_features", "video_features"))
-        return cls(anatomy, visual, kept, of_images, thumbs, of_videos, frames, items)
+        return cls(anatomy, visual, kept, of_images, thumbs, of_videos, frames, oblong, items)
 
     def on_cpu(self, visual: Tensor) -> LayoutInputs:
         """The same with all tensors on the CPU (the device syncs of a layout)."""

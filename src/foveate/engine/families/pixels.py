@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, cat
+import numpy as np
+from PIL import Image
+from torch import Tensor, cat, tensor
 
-__all__ = ["normalisation", "pictures", "shown", "unfold_stream"]
+__all__ = ["normalisation", "pictures", "shown", "tiles_whole_photographs", "unfold_stream"]
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -37,7 +39,8 @@ def pictures(arguments: Mapping[str, Any], rows: Tensor, vision: Any) -> list[Te
     if not isinstance(pixels, Tensor):
         return []
     if grids is not None:
-        return unfold_stream(pixels, grids, vision)
+        paved = all(hasattr(vision, name) for name in ("spatial_merge_size", "temporal_patch_size"))
+        return unfold_stream(pixels, grids, vision) if paved and pixels.dim() == 2 else []
     if pixels.dim() == 5:
         pixels = _without_padding(pixels, rows)
     return list(pixels) if pixels.dim() == 4 else []
@@ -68,27 +71,56 @@ def unfold_stream(pixels: Tensor, grids: Tensor, vision: Any) -> list[Tensor]:
     return found
 
 
-def shown(processor: Any, width: int, height: int) -> tuple[tuple[int, int], tuple[float, ...]] | None:
-    """What a processor shows of a photograph around its middle, before it resizes.
+def shown(processor: Any, width: int, height: int) -> tuple[tuple[int, int, int, int], tuple[float, ...]] | None:
+    """What a processor shows of a photograph as a whole, found out by showing it one whose colours say where they are.
 
     Args:
         processor: of the model, with an `image_processor`, or an image processor.
         width, height: of the photograph, in pixels.
 
     Returns:
-        Width and height of the part, larger than the photograph where it is padded, and the colour of the padding;
-        None for the whole photograph (one that only resizes or tiles: SigLIP, Gemma, Qwen-VL).
+        (left, top, right, bottom) in pixels of the photograph, beyond it where it is padded, and the colour of the
+        padding; None for the whole photograph, and where only parts of it are shown (tiles).
     """
     rules = getattr(processor, "image_processor", processor)
-    size, crop = getattr(rules, "size", None), getattr(rules, "crop_size", None)
-    if getattr(rules, "do_pad", False) and type(rules).__name__.startswith("LlavaImageProcessor"):
-        side = max(width, height)
-        return (side, side), tuple(getattr(rules, "image_mean", None) or (0.0, 0.0, 0.0))
-    if not (getattr(rules, "do_center_crop", False) and size and crop):
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    ramps = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], -1).round().astype(np.uint8))
+    try:
+        made = rules(images=ramps, return_tensors="pt")
+        pixels = made["pixel_values" if "pixel_values" in made else "pixel_values_images"]
+    except Exception:  # a processor of the user's own
         return None
-    size, crop = dict(size), dict(crop)
-    if "shortest_edge" in size:
-        across = down = size["shortest_edge"] / min(width, height)
-    else:
-        across, down = size["width"] / width, size["height"] / height
-    return (round(crop["width"] / across), round(crop["height"] / down)), (0.0, 0.0, 0.0)
+    if tiles_whole_photographs(rules) and pixels.dim() == 5:
+        pixels = pixels[0, :1]
+    if pixels.dim() != 4 or pixels.shape[:2] != (1, 3):
+        return None
+    picture = pixels[0].float()
+    if getattr(rules, "do_normalize", False):
+        mean, deviation = (tensor(part)[:, None, None] for part in (rules.image_mean, rules.image_std))
+        picture = picture * deviation + mean
+    inside = picture[2] > 0.95 * picture[2].max()
+    sides = [
+        _extent(picture[channel] * (length - 1) / picture[2].max(), inside, axis)
+        for channel, axis, length in ((0, 1, width), (1, 0, height))
+    ]
+    (left, right), (top, bottom) = sides
+    if max(abs(left) / width, abs(top) / height, abs(right / width - 1), abs(bottom / height - 1)) < 0.02:
+        return None
+    padding = picture[:, ~inside]
+    colour = padding.median(1).values.clamp(0, 1).tolist() if padding.numel() else [0.0] * 3
+    return (round(left), round(top), round(right), round(bottom)), tuple(colour)
+
+
+def tiles_whole_photographs(processor: Any) -> bool:
+    """Whether tiles show all of a photograph of which the picture beside them shows the middle (LLaVA-NeXT)."""
+    return hasattr(getattr(processor, "image_processor", processor), "image_grid_pinpoints")
+
+
+def _extent(places: Tensor, inside: Tensor, axis: int) -> tuple[float, float]:
+    """Where a picture begins and ends along an axis, from the place (H, W) that each of its pixels shows."""
+    lines = inside.any(1 - axis).nonzero()[:, 0].double()
+    means = (places * inside).sum(1 - axis) / inside.sum(1 - axis).clamp_min(1)
+    shows = means[lines.long()].double()
+    slope = ((lines - lines.mean()) * (shows - shows.mean())).sum() / (lines - lines.mean()).square().sum()
+    start = shows.mean() + 0.5 - slope * (lines.mean() + 0.5)
+    return float(start), float(start + slope * places.shape[axis])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TowerPlan", "check_feature_layer", "check_traceable", "class_token_last", "is_stream", "merge_side", "pack",
-    "plan_tower", "resampler", "square_plan", "tiles_of",
+    "plan_tower", "resampler", "shaped", "square_plan", "tiles_of",
 ]  # fmt: skip
 
 _ROW_MAJOR = {"kimi_k25", "muse_glimmer", "muse_spark", "paddleocr_vl"}
@@ -338,6 +338,13 @@ def _stream_plan(anatomy: Anatomy, grids: Tensor, merges: Any = None) -> TowerPl
 
     index = _blocks([h * w for h, w in sizes])
     return TowerPlan(join, index, None, sum(h * w for h, w in sizes), torch.tensor(sizes))
+
+
+def shaped(anatomy: Anatomy, info: dict[str, Any], slots: int) -> list[tuple[int, int]]:
+    """Height and width in visual tokens of each tile of LFM2-VL and MiniCPM-V, which fill `slots` slots in all."""
+    shapes = info[_SHAPES[anatomy.config.model_type]]
+    step = math.isqrt(int(torch.as_tensor(shapes).prod(1).sum()) // slots)
+    return [(h // step, w // step) for h, w in torch.as_tensor(shapes).tolist()]
 
 
 def _shaped_plan(anatomy: Anatomy, shapes: Tensor | None, tokens: int) -> TowerPlan:

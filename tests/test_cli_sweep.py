@@ -156,3 +156,24 @@ def test_all_is_every_method():
     assert sum(each.method == "fastv" for each in found) == 1
     assert sum(each.method == "cdpruner" for each in found) == 2
     assert named == {"fastv"}
+
+
+def test_questions_about_videos(tmp_path):
+    """Budgets per video; what the accuracy of a model without videos means is said; workers see the same frames."""
+    result = invoke(
+        ZOO, "--data", "moving-shapes", "--methods", "evs,dycoke", "--keep", "150", "--samples", 4, "--frames", 3,
+        "--workers", 2, "--batch-size", 2, "--repeats", 1, "--out", tmp_path / "out", "--html", tmp_path / "s.html",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [row["visual_tokens_entering"] for row in found["rows"]] == [3 * 196, 196, 196]  # a whole frame at least
+    assert "shown 3 frames" in found["notes"][0]
+    assert "never trained on videos: read tokens, FLOPs and times, not accuracy" in result.stdout
+    page = (tmp_path / "s.html").read_text()
+    assert "never trained on videos" in page
+    again = invoke(
+        ZOO, "--data", "moving-shapes", "--methods", "evs", "--samples", 4, "--frames", 5, "--batch-size", 2,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert again.exit_code == 2
+    assert "holds another sweep: frames was 3, now it is 5" in again.stderr.splitlines()[-1]

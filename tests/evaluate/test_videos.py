@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 import foveate
 from foveate.evaluate import answer as answering
-from foveate.evaluate.data import DataError, VideoSample, size_of
+from foveate.evaluate.data import DataError, VideoSample, load, size_of, video_of
 from foveate.evaluate.videos import Video, evenly, open_video
 from foveate.zoo.moving import clips
 
@@ -157,3 +158,55 @@ def test_images_are_asked_about_as_ever(vlm: answering.VLM):
         assert session.given is None
     with pytest.raises(foveate.UnsupportedError, match="takes no videos"):
         vlm.apply(foveate.EVS(0.5), [image], inputs)
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+def listed(folder: Path, *rows: dict) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_with_videos(frames: list[np.ndarray], tmp_path: Path):
+    write("npy", frames, tmp_path)
+    Image.fromarray(frames[0]).save(tmp_path / "a.png")
+    row = {"video": "clip.npy", "question": "what moves?", "answer": "nothing", "kind": "way"}
+    path = listed(tmp_path, row, {**row, "image_id": 7}, {"image": "a.png", "question": "what?", "answer": "grey"})
+    first, second, third = load(path, frames=3)
+    assert (first.question, first.answer, first.kind, first.image_id) == ("what moves?", "nothing", "way", "clip.npy")
+    assert second.image_id == "7"
+    assert video_of(first).indices == (0, 2, 5)
+    assert video_of(first) is video_of(second)  # decoded once
+    assert first.image is video_of(first).frames[1]
+    assert video_of(third) is None
+    assert size_of(first) == size_of(second) != size_of(third) == (48, 32)
+
+
+def test_bad_rows_with_videos(frames: list[np.ndarray], tmp_path: Path):
+    row = {"video": "none.mp4", "question": "what?", "answer": "it"}
+    with pytest.raises(DataError, match=r"line 1: video .*none\.mp4: no such file"):
+        load(listed(tmp_path, row), frames=8)
+    with pytest.raises(DataError, match="line 1: 'image' and 'video'"):
+        load(listed(tmp_path, {**row, "image": "a.png"}), frames=8)
+    with pytest.raises(DataError, match="line 1: 'video' must be a path"):
+        load(listed(tmp_path, {**row, "video": 3}), frames=8)
+    with pytest.raises(DataError, match="line 1: no 'image'"):
+        load(listed(tmp_path, {"question": "what?", "answer": "it"}), frames=8)
+    (tmp_path / "text.gif").write_text("GIF?")
+    (broken,) = load(listed(tmp_path, {**row, "video": "text.gif"}), frames=8)
+    with pytest.raises(DataError, match=r"line 1: video .*text\.gif"):
+        video_of(broken)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_commands_that_ask_about_images_refuse_videos(rows: bool, tmp_path: Path):
+    data = listed(tmp_path, {"video": "a.mp4", "question": "what?", "answer": "it"}) if rows else "moving-shapes"
+    with pytest.raises(DataError, match="a question about a video; here only images"):
+        load(data)
+
+
+def test_clips_of_moving_shapes():
+    first = load("moving-shapes", 7, seed=2, frames=4)
+    assert [sample.image_id for sample in first] == [0, 0, 0, 1, 1, 1, 2]
+    assert {size_of(sample) for sample in first} == {(4, 112, 112)}
+    assert [sample.question for sample in load("moving-shapes", 4, seed=2, frames=6)] == [s.question for s in first[:4]]

@@ -63,7 +63,7 @@ def run(
     from ..evaluate.videos import open_video
     from ..view import film_strip, save
     from ..view import overlay as draw
-    from ..view.seen import as_seen
+    from ..view.seen import as_seen, frames_as_seen
 
     if (image is None) == (video is None):
         raise CommandError("give --image or --video" if image is None else "--image and --video: give one of them")
@@ -105,9 +105,7 @@ def run(
             if clip is None:
                 drawn = draw(as_seen(picture, vlm.processor), trace, heat=heat, **told)
             else:
-                rules = vlm.processor.video_processor if vlm.sees_videos else vlm.processor
-                seen = [as_seen(frame, rules) for frame in clip.frames]
-                drawn = film_strip(seen, trace, seconds=clip.seconds, **told)
+                drawn = film_strip(frames_as_seen(clip.frames, vlm), trace, seconds=clip.seconds, **told)
             save(drawn, overlay)
         except (ValueError, OSError) as error:
             raise CommandError(f"overlay {overlay}: {error}") from error

@@ -26,7 +26,10 @@ _SHOWN = 6  # ids named in a verdict before "and N more"
 def sweep(
     model: Annotated[str, typer.Argument(help="A Hub id, a local folder, or zoo:NAME (shipped in the package).")],
     data: Annotated[
-        str, typer.Option("--data", "-d", metavar="A,B", help="easy-vqa, scenes, or JSONL/Parquet files.")
+        str,
+        typer.Option(
+            "--data", "-d", metavar="A,B", help="easy-vqa, scenes, moving-shapes (videos), or JSONL/Parquet files."
+        ),
     ] = "easy-vqa,scenes",
     methods: Annotated[
         str | None,
@@ -54,6 +57,7 @@ def sweep(
     metric: Annotated[
         str, typer.Option(help="auto, exact, vqa, anls, relaxed, yes-no or choice; auto: by the columns of the data.")
     ] = "auto",
+    frames: Annotated[int, typer.Option(min=1, help="Frames that the model is shown of a video.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the questions.")] = 1,
@@ -100,14 +104,14 @@ def sweep(
     names = [name.strip() for name in data.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise CommandError(f"data {data!r}: name each data set once, separated by commas")
-    asked = sweeping.questions(names, samples, seed, metric)
+    asked = sweeping.questions(names, samples, seed, metric, frames)
     vlm = answering.load(model, dtype, device)  # type: ignore[arg-type]
     with answering.quiet(always=True), progress("trying the methods") as advance:  # companions are loaded
         accepted, refused = _tried(everyone, named, vlm, asked.samples[0], advance)
     plan = Plan(
         model=model, data=names, samples=samples, seed=seed, metric=metric, max_new_tokens=max_new_tokens,
         batch_size=batch_size, recipes=[FULL, *accepted], refused=refused, metrics=asked.metrics, dtype=dtype,
-        device=device, weights=sweeping.fingerprint(vlm.model), machine=sweeping.machine(),
+        device=device, frames=frames, weights=sweeping.fingerprint(vlm.model), machine=sweeping.machine(),
         command=shlex.join(["foveate", *sys.argv[1:]]),
     )  # fmt: skip
     try:
@@ -199,6 +203,8 @@ def _show(result: dict[str, Any]) -> None:
             f"worse {_list(verdict['worse'])}; no difference shown {_list(verdict['open'])}"
             + (f"; cheaper than it ever was {_list(verdict['uncompared'])}." if verdict["uncompared"] else ".")
         )
+    for each in result["notes"]:
+        say(each)
     for row in result["rows"]:
         if row["error"]:
             say(f"Failed: {row['id']}: {row['error']}")

@@ -126,7 +126,7 @@ class VLM:
     def apply(self, reducer: Reducer, samples: Sequence[Sample], inputs: Mapping[str, Any]) -> Session:
         """`foveate.apply` for just these inputs: frames that go in as images are numbered as one video."""
         visual, anatomy = None, resolve(self.model)
-        if not anatomy.takes_videos and any(video_of(sample) is not None for sample in samples):
+        if not anatomy.takes_videos and any(getattr(sample, "video", None) is not None for sample in samples):
             placeholders = anatomy.find_placeholders(inputs["input_ids"], None)
             visual = None if placeholders is None else placeholders.long()
         return apply(self.model, reducer, visual=visual)
@@ -275,11 +275,12 @@ def quiet(always: bool = False) -> Iterator[None]:
 def groups(vlm: VLM, samples: Sequence[Sample], size: int = 16) -> Iterator[list[int]]:
     """Numbers of at most `size` samples of equal shape: no row is padded, none computes for nothing.
 
-    Prompts of equal token count about images of equal size have equal shape for every processor.
+    Prompts of equal token count about images of equal size, or videos of equal length and size, have equal shape for
+    every processor.
     """
     shapes: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
-        length = len(vlm.tokenizer(vlm.prompt(sample.question, video_of(sample))).input_ids)
+        length = len(vlm.tokenizer(vlm.prompt(sample.question)).input_ids)  # of a video a constant more
         shapes.setdefault((length, size_of(sample)), []).append(index)
     for indices in shapes.values():
         for start in range(0, len(indices), size):

@@ -22,7 +22,9 @@ def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         DataError: no such file, another kind of file, or a row that cannot be read, which is named.
     """
     if not os.path.isfile(path):
-        raise DataError(f"data {path}: no such file, and no data set of that name (known: easy-vqa, scenes)")
+        raise DataError(
+            f"data {path}: no such file, and no data set of that name (known: easy-vqa, scenes, moving-shapes)"
+        )
     readers = {".jsonl": _json, ".json": _json, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise DataError(f"data {path}: expected a .jsonl or .parquet file")

@@ -22,13 +22,13 @@ from typing import Any
 from .. import journal
 from ..files import write_whole
 from ..recipe import Recipe
-from .data import Sample, choices_of, references
+from .data import FRAMES, Sample, choices_of, references
 from .runner import Record
 
 __all__ = ["Folder", "Plan", "SweepError"]
 
 VERSION = 2
-_FIXED = ("model", "weights", "dtype", "data", "samples", "seed", "metric", "max_new_tokens", "batch_size")
+_FIXED = ("model", "weights", "dtype", "data", "samples", "seed", "frames", "metric", "max_new_tokens", "batch_size")
 """What may not change between a sweep and its continuation."""
 
 
@@ -48,6 +48,7 @@ class Plan:
         recipes: the full model is the first.
         refused: {"id", "reason"} of those that this model cannot serve.
         weights: fingerprint of the model.
+        frames: of each video that is asked about.
         machine, command: where and how it was started; may differ in a continuation.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     dtype: str = "float32"
     device: str = "cpu"
     weights: str = ""
+    frames: int = FRAMES
     machine: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 

@@ -24,7 +24,7 @@ from torch import nn
 from ..reduction import type_of
 from . import data as datasets
 from . import results
-from .answer import VLM
+from .answer import VLM, ZOO
 from .costs import prefill_spreads
 from .data import Sample
 from .metrics import choose
@@ -52,9 +52,11 @@ class Questions:
         self.metrics = {name: choose(metric, part, name) for name, part in parts.items()}
 
 
-def questions(data: Sequence[str], count: int | None, seed: int, metric: str) -> Questions:
+def questions(
+    data: Sequence[str], count: int | None, seed: int, metric: str, frames: int = datasets.FRAMES
+) -> Questions:
     """Draw the questions of a plan. Raises `DataError`."""
-    return Questions({name: datasets.load(name, count, seed) for name in data}, metric)
+    return Questions({name: datasets.load(name, count, seed, frames) for name in data}, metric)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -96,6 +98,18 @@ def shared_threads(workers: int) -> Iterator[None]:
     finally:
         if workers > 1:
             torch.set_num_threads(before)
+
+
+def notes(plan: Plan, vlm: VLM, asked: Questions) -> list[str]:
+    """What has to be known to read the numbers of questions about videos; [] without any."""
+    if all(getattr(sample, "video", None) is None for sample in asked.samples):
+        return []
+    found = [f"Of each video the model is shown {plan.frames} frames, or fewer if it has fewer."]
+    if not vlm.sees_videos:
+        found.append(f"{plan.model} takes no videos: the frames go in as images, numbered as one video.")
+    if not vlm.sees_videos or plan.model.startswith(ZOO):
+        found.append("It was never trained on videos: read tokens, FLOPs and times, not accuracy.")
+    return found
 
 
 def runner_of(plan: Plan, vlm: VLM, asked: Questions, share_vision: bool = True) -> Runner:
@@ -148,6 +162,7 @@ def sweep(
             "rows": rows,
             "verdicts": results.verdicts(rows),
             "refused": plan.refused,
+            "notes": notes(plan, vlm, asked),
         }
         folder.write_result(result)
     return result

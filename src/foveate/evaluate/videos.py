@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +15,12 @@ from PIL import Image, ImageSequence
 
 from .images import MAX_PIXELS, DataError, open_image, opened
 
-__all__ = ["MAX_FRAMES", "Video", "evenly", "open_video"]
+__all__ = ["MAX_FRAMES", "StoredVideo", "Video", "evenly", "open_video"]
 
 MAX_FRAMES = 1024
 """Most frames that are taken of a video."""
+_KEPT = 4
+"""Decoded videos that are kept, whatever the number of samples."""
 _LOCAL = {"protocol_whitelist": "file"}
 """A playlist may name other files, but nothing on a network."""
 _ANIMATED = (".gif", ".webp", ".png", ".apng")
@@ -48,6 +52,36 @@ class Video:
     def seconds(self) -> list[float] | None:
         """When each frame is shown."""
         return None if self.fps is None else [index / self.fps for index in self.indices]
+
+
+class StoredVideo:
+    """A video that stays in its file until somebody asks for its frames.
+
+    Args:
+        path: as of `open_video`.
+        where: file and line that name the video, for complaints.
+        count: frames to take.
+
+    Raises:
+        DataError: there is nothing at `path`.
+    """
+
+    def __init__(self, path: Path, where: str, count: int):
+        self.path, self.where, self.count = path, where, count
+        if not path.exists():
+            raise DataError(f"data {where}: video {path}: no such file or folder")
+
+    def open(self) -> Video:
+        """The frames, see `open_video`; they may be shared. Raises `DataError`, naming the line."""
+        try:
+            return _recent(self.path, self.count, os.stat(self.path).st_mtime_ns)
+        except (DataError, OSError) as error:
+            raise DataError(f"data {self.where}: {error}") from error
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _recent(path: Path, count: int, written: int) -> Video:
+    return open_video(path, count)
 
 
 def evenly(total: int, count: int) -> list[int]:

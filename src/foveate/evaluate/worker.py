@@ -34,7 +34,10 @@ def main() -> None:
     plan = folder.plan()
     vlm = load(plan.model, plan.dtype, plan.device)  # type: ignore[arg-type]
     runner = runner_of(
-        plan, vlm, questions(plan.data, plan.samples, plan.seed, plan.metric), not arguments.no_share_vision
+        plan,
+        vlm,
+        questions(plan.data, plan.samples, plan.seed, plan.metric, plan.frames),
+        not arguments.no_share_vision,
     )
     with shared_threads(arguments.workers):
         run_shard(folder, runner, arguments.number, arguments.workers)

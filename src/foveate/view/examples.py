@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from ..engine.apply import apply
 from ..evaluate.answer import VLM, answer
-from ..evaluate.data import Sample
+from ..evaluate.data import Sample, video_of
 from ..evaluate.grid import FULL, build_reducer
 from ..evaluate.results import BASELINES
 from ..evaluate.runner import Record
 from ..recipe import Recipe
 from .folder import AXES, Entry, Results
 from .patches import Panel, panels
-from .seen import as_seen
+from .seen import as_seen, frames_as_seen
+from .strip import video_panels
 
 __all__ = ["Change", "Example", "changes", "show"]
 
@@ -107,9 +107,13 @@ def show(vlm: VLM, change: Change, sample: Sample, max_new_tokens: int) -> Examp
     reducer = build_reducer(change.recipe, vlm)
     if reducer is None:
         return None
-    with apply(vlm.model, reducer) as session:
-        said = answer(vlm, vlm.inputs([sample]), max_new_tokens)
+    inputs = vlm.inputs([sample])
+    with vlm.apply(reducer, [sample], inputs) as session:
+        said = answer(vlm, inputs, max_new_tokens)
     trace = session.trace
     if trace is None or not trace.stages or said.texts[0] != change.reduced.predicted:
         return None
+    video = video_of(sample)
+    if video is not None:
+        return Example(change, [video_panels(frames_as_seen(video.frames, vlm), trace)])
     return Example(change, panels([as_seen(sample.image, vlm.processor)], trace, scores=True))

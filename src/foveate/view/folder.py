@@ -105,6 +105,7 @@ class Results:
         full: the full model; None unless finished.
         times: recipe id -> {"prefill_ms", "q1", "q3", "runs"}.
         started, ended: when the plan and the result were written.
+        notes: what has to be known to read the numbers.
     """
 
     plan: Plan
@@ -116,6 +117,7 @@ class Results:
     times: Mapping[str, Mapping[str, Any]]
     started: datetime
     ended: datetime | None
+    notes: Sequence[str] = ()
 
     @property
     def finished(self) -> bool:
@@ -175,6 +177,7 @@ def read(path: str | Path) -> Results:
         times=folder.times(),
         started=_written(folder.path / "sweep.json"),
         ended=_written(folder.path / "result.json") if full is not None else None,
+        notes=[str(each) for each in (result or {}).get("notes", ())],
     )
 
 

@@ -199,7 +199,7 @@ def _questions(results: Results) -> tuple[list[Sample] | None, str]:
     """The samples with their images, or None and why not."""
     plan = results.plan
     try:
-        asked = questions(plan.data, plan.samples, plan.seed, plan.metric).samples
+        asked = questions(plan.data, plan.samples, plan.seed, plan.metric, plan.frames).samples
     except DataError as error:
         return None, f"No pictures: {error}."
     known = [(row["question"], row["image_id"]) for row in results.samples]

@@ -108,6 +108,7 @@ def facts(results: Results) -> dict[str, str]:
             for name, numbers in groups.items()
         ),
         "images": f"{results.clusters().count:,}",
+        "videos": " ".join(results.notes),
         "draw": f"seed {plan.seed}" + (f"; methods that draw: seeds {', '.join(map(str, seeds))}" if seeds else ""),
         "answers": f"greedy, at most {plan.max_new_tokens} tokens; batches of {plan.batch_size}",
         "machine": ", ".join(f"{name} {value}" for name, value in plan.machine.items()),

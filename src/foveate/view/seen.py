@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from ..engine.families.pixels import shown, tiles_whole_photographs
+from ..evaluate.answer import VLM
 
-__all__ = ["WHOLE", "as_seen"]
+__all__ = ["WHOLE", "as_seen", "frames_as_seen"]
 
 WHOLE = "foveate_whole"
 """Key in the `info` of a picture of the whole photograph, which tiles show though the picture does not."""
@@ -33,3 +35,9 @@ def as_seen(image: Image.Image, processor: Any) -> Image.Image:
     if tiles_whole_photographs(processor):
         out.info[WHOLE] = image
     return out
+
+
+def frames_as_seen(frames: Sequence[Image.Image], vlm: VLM) -> list[Image.Image]:
+    """Frames of a video as the processor of a model hands them on."""
+    rules = vlm.processor.video_processor if vlm.sees_videos else vlm.processor
+    return [as_seen(frame, rules) for frame in frames]

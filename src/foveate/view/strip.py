@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ..engine.layout import Block
 from ..engine.trace import Trace
 from .overlay import INK, SOFT, head, head_height, new_figure, show
-from .patches import Canvas, Cell, background, cells_of, count_kept, paint, pruning_stages, stage_name
+from .patches import Canvas, Cell, Panel, background, cells_of, count_kept, paint, pruning_stages, stage_name
 
-__all__ = ["Shot", "film_strip", "shots"]
+__all__ = ["Shot", "film_strip", "shots", "video_panels"]
 
 _ACROSS = 8
 """Frames side by side."""
@@ -69,6 +70,27 @@ def shots(frames: Sequence[Image.Image], trace: Trace, row: int = 0) -> list[Sho
     return found
 
 
+def video_panels(frames: Sequence[Image.Image], trace: Trace, row: int = 0, most: int = _ACROSS) -> list[Panel]:
+    """What was kept of each time step, `most` of them evenly. Arguments and errors as of `shots`."""
+    every = shots(frames, trace, row)
+    return [
+        Panel("kept", f"frame {shot.frame + 1}: {shot.kept} of {shot.total} tokens", _painted(shot, every, trace, row))
+        for shot in _spread(every, most)
+    ]
+
+
+def _spread(every: list[Shot], most: int) -> list[Shot]:
+    if len(every) <= most:
+        return every
+    return [every[round(i * (len(every) - 1) / (most - 1))] for i in range(most)]
+
+
+def _painted(shot: Shot, every: list[Shot], trace: Trace, row: int) -> np.ndarray:
+    others = [cell for other in every if other is not shot for cell in other.cells]
+    origins = trace.origins(pruning_stages(trace, row)[-1])[row].cpu()
+    return paint(background(Canvas("", shot.picture, [])), shot.cells, origins, others)
+
+
 def film_strip(
     frames: Sequence[Image.Image],
     trace: Trace,
@@ -96,10 +118,7 @@ def film_strip(
     """
     every = shots(frames, trace, row)
     stage = pruning_stages(trace, row)[-1]
-    origins = trace.origins(stage)[row].cpu()
-    drawn = every
-    if len(every) > _MOST:
-        drawn = [every[round(i * (len(every) - 1) / (_MOST - 1))] for i in range(_MOST)]
+    drawn = _spread(every, _MOST)
     across = min(len(drawn), _ACROSS)
     lines = -(-len(drawn) // across)
     both = lines == 1
@@ -124,10 +143,8 @@ def film_strip(
     for number, shot in enumerate(drawn):
         line, column = divmod(number, across)
         x, y = left + column * (_FRAME + 0.05), height - top - line * each
-        pixels = background(Canvas("", shot.picture, []))
-        others = [cell for other in every if other is not shot for cell in other.cells]
-        painted = paint(pixels, shot.cells, origins, others)
-        for picture in (pixels, painted) if both else (painted,):
+        painted = _painted(shot, every, trace, row)
+        for picture in (background(Canvas("", shot.picture, [])), painted) if both else (painted,):
             y -= tall + 0.04
             show(figure.add_axes((x / width, y / height, _FRAME / width, tall / height)), picture, "")
         when = f"frame {shot.frame + 1}" if seconds is None else f"{seconds[shot.frame]:.{places}f} s"

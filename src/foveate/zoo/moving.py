@@ -16,11 +16,11 @@ from PIL import Image
 
 from .scenes import IMAGE_SIZE, Question, Thing, paint, place
 
-__all__ = ["DIRECTIONS", "FPS", "Clip", "clips"]
+__all__ = ["DIRECTIONS", "SECONDS", "Clip", "clips"]
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-FPS = 4.0
-"""Frames of a clip per second."""
+SECONDS = 2.0
+"""How long a clip is, whatever the number of its frames."""
 _TRAVEL = (24, 48)  # px from the first frame to the last
 _SHARE = 0.6  # of the shapes that are set in motion, if there is room
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 import foveate
-from tests import devices
+from tests import devices, videos
 from tests.devices import Devices, Tagged, plain, shard
 from tests.families import build, inputs
 from tests.reducers.test_budgets import EVERYTHING
+from tests.reducers.test_on_videos import METHODS as ON_VIDEOS
 from tests.reference.checks import TOLERANCE, build_once, largest
 
 FAMILIES = ["llava", pytest.param("internvl", marks=pytest.mark.slow)]
@@ -54,3 +55,18 @@ def test_it_decides_what_it_decides_on_one_device(method: str, family: str, seco
     for stage, mask in zip(session.trace.stages, kept, strict=True):
         assert torch.equal(mask, session.trace.kept(stage))
     assert largest(logits - expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("method", ON_VIDEOS)
+def test_videos(method: str):
+    prompt = videos.prompt("llava_onevision")
+    model = videos.build("llava_onevision")
+    with foveate.apply(model, ON_VIDEOS[method](0.4)) as session, torch.no_grad():
+        model(**prompt)
+    expected = session.trace.kept(-1)
+    with Devices(), torch.no_grad():
+        model = shard(build("llava_onevision"), 2, "meta:1")
+        there = {name: Tagged(value, "meta:0") for name, value in prompt.items()}
+        with foveate.apply(model, ON_VIDEOS[method](0.4)) as session:
+            model(**there)
+        assert torch.equal(plain(session.trace.kept(-1)), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 import foveate
+from foveate.cli.grid import listed_recipes
+from foveate.evaluate.grid import expand
 from foveate.reduction import Reducer, info
 from tests import families, videos
 from tests.reducers.test_matrix import Recorded, reference
@@ -123,6 +126,32 @@ def test_images_are_left_alone(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_several_videos_in_a_row_and_none(method: str):
+    """Each has the budget, and gets what it gets alone."""
+    model, alone = videos.build("qwen2_vl"), []
+    for row in range(3):
+        prompt = videos.prompt("qwen2_vl", [row])
+        with foveate.apply(model, METHODS[method](7)) as session:
+            model(**prompt)
+        alone.append(session.trace.kept(-1)[0][prompt["input_ids"][0] == families.VIDEO_TOKEN])
+    parts = [videos.prompt("qwen2_vl", [row]) for row in range(3)]
+    rows = [[*parts[0]["input_ids"][0].tolist(), *parts[1]["input_ids"][0].tolist()], parts[2]["input_ids"][0].tolist()]
+    rows.append([5, 6, 7])
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    together = {"input_ids": ids, "attention_mask": (ids != 0).long(), **families.token_types("qwen2_vl", ids)}
+    together |= {name: torch.cat([part[name] for part in parts]) for name in ("pixel_values_videos", "video_grid_thw")}
+    with foveate.apply(model, METHODS[method](7)) as session:
+        model(**together)
+    kept, is_video = session.trace.kept(-1), ids == families.VIDEO_TOKEN
+    assert torch.equal(kept[0, is_video[0]], torch.cat(alone[:2]))
+    assert torch.equal(kept[1, is_video[1]], alone[2])
+    if method in EXACT_BUDGET:
+        assert session.trace.visual_tokens[:, 0].tolist() == [14, 7, 0]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_models_without_videos_are_refused(method: str):
     with pytest.raises(foveate.UnsupportedError, match=r"takes no videos.*visual=LongTensor"):
         foveate.apply(build_once("llava"), METHODS[method](0.2))
@@ -145,3 +174,21 @@ def test_a_video_whose_frames_are_not_known_is_refused(method: str, monkeypatch:
 def test_bad_budgets(method: str, keep: Any):
     with pytest.raises(foveate.BudgetError, match="keep"):
         METHODS[method](keep)
+
+
+@torch.no_grad()
+def test_the_papers_settings_for_videos():
+    """`benchmarks/video.yaml`: 4 frames of 16 patches and a class token, 6 layers."""
+    file = Path(__file__).parents[2] / "benchmarks" / "video.yaml"
+    listed, _ = listed_recipes(None, (), file, "")
+    model, prompt = videos.build("video_llava"), videos.prompt("video_llava")
+    seen = {}
+    for recipe in expand(listed, [0.5], [0]):
+        with foveate.apply(model, recipe.build()) as session:
+            model(**prompt)
+        seen[recipe.id] = session.trace.visual_tokens[0].tolist()
+    sparse, *others = seen.values()
+    assert sparse[:2] == [68, 68]
+    assert 0 < sparse[2] == sparse[5] < 20  # the question has 9 words, and some tokens come back merged
+    fewer = [[68, 68, 68, 0, 0, 0], *([n + 4] * 6 for n in (32, 16, 16, 10, 16 + 3 * 4, 6))]
+    assert others == fewer

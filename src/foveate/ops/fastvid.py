@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from .select import gather_tokens, ranks_within
 
@@ -40,7 +40,8 @@ def cut_segments(features: Tensor, there: Tensor, segments: int, threshold: floa
         segments: of a video at least, if it has as many frames.
         threshold: for the cosine of neighbours.
     """
-    alike = cosine_similarity(features[:, :-1], features[:, 1:], dim=2)
+    units = normalize(features, dim=2)
+    alike = (units[:, :-1] * units[:, 1:]).sum(2)
     pairs = there[:, 1:]
     place = ranks_within(torch.zeros_like(pairs, dtype=torch.long), pairs, -alike)
     cut = pairs & ((place < segments - 1) | (alike < threshold))

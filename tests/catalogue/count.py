@@ -143,12 +143,12 @@ class Reference:
 
     def forward(self, prompt: dict[str, Tensor]) -> Tensor:
         """Logits (B, S, V); of padding, anything."""
-        return self._asked(prompt, lambda asked: self._model(**asked).logits, pad=True)
+        return self.asked(prompt, lambda asked: self._model(**asked).logits, pad=True)
 
     def generate(self, prompt: dict[str, Tensor], **options: Any) -> Tensor:
-        return self._asked(prompt, lambda asked: generate(self._model, asked, **options))
+        return self.asked(prompt, lambda asked: generate(self._model, asked, **options))
 
-    def _asked(
+    def asked(
         self, prompt: dict[str, Tensor], ask: Callable[[dict[str, Tensor]], Tensor], pad: bool = False
     ) -> Tensor:
         if not self._row_by_row:

@@ -16,18 +16,22 @@ from typing import Any
 import pytest
 import transformers as hf
 import yaml
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from tests import catalogue
 
-__all__ = ["FAMILIES", "VIDEO", "about", "family", "made", "needs_torchvision", "tokenizer", "vlm"]
+__all__ = ["FAMILIES", "STATEFUL", "STRUCTURES", "VIDEO", "about", "family", "made", "needs_torchvision", "tokenizer", "vlm"]
 
 _DATA: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text())["families"]
 FAMILIES = list(_DATA)
 VIDEO = [name for name, entry in _DATA.items() if "video" in entry]
+STATEFUL = ["qwen3_5"]
+"""transformers takes no candidates back from these: no assisted decoding, no prompt lookup."""
+STRUCTURES = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm", "lfm2_vl", "qwen3_5"]
+"""A CLS tower, M-RoPE, DeepStack, tiles, windows with bidirectional images, split images, and two kinds of hybrid."""
 _TEMPLATE = (
     "<s>{% for message in messages %}{{ message.role }}: {% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}{% if part.type == 'image' %}IMAGE{% elif part.type == 'video' %}VIDEO"
@@ -81,6 +85,7 @@ def tokenizer(name: str) -> Any:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {c: i for i, c in enumerate(string.printable[:96], 5)}
     characters = Tokenizer(models.WordLevel(words | tokens, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         padding_side="left", extra_special_tokens=_DATA[name].get("named", {}),

@@ -26,7 +26,11 @@ TOWER: dict[str, dict[str, Any]] = {"visionzip": {"keep": 0.5}}
 
 @torch.no_grad()
 def judged(
-    vlm: tuple[Any, Any], conversations: Sequence[list[Message]], method: str, alone: bool = False, **options: Any
+    vlm: tuple[Any, Any],
+    conversations: Sequence[list[Message]],
+    method: str,
+    alone: bool = False,
+    **options: Any,
 ) -> foveate.Trace:
     """Four greedy steps of a batch equal those of the reference.
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
 __all__ = ["FPS", "PHOTOGRAPHS", "RGB", "asked", "encoded", "frames", "photograph", "write_mp4"]
 
@@ -80,11 +81,21 @@ def asked(question: str, *photographs: str, video: Any = None) -> list[Message]:
     return [{"role": "user", "content": [*seen, {"type": "text", "text": question}]}]
 
 
-def encoded(processor: Any, conversations: Sequence[list[Message]], **options: Any) -> dict[str, Tensor]:
-    """What the processor makes of a batch of conversations, pixels in float32."""
+def encoded(processor: Any, conversations: Sequence[list[Message]]) -> dict[str, Tensor]:
+    """What the processor makes of a batch of conversations, pixels in float32; of videos, every frame."""
+    options: dict[str, Any] = {"padding": True}
+    parts = [[part for message in messages for part in message["content"]] for messages in conversations]
+    shown = [[part["video"] for part in row if part["type"] == "video"] for row in parts]
+    if any(shown):
+        options["video_metadata"] = [[_metadata(len(video)) for video in row] for row in shown if row]
+        options["do_sample_frames"] = False
     found = processor.apply_chat_template(
         list(conversations), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
-        processor_kwargs={"padding": True, **options},
+        processor_kwargs=options,
     )  # fmt: skip
     found.pop("labels", None)  # PaliGemma's, for training
     return dict(found.to(torch.float32))
+
+
+def _metadata(count: int) -> VideoMetadata:
+    return VideoMetadata(total_num_frames=count, fps=FPS, duration=count / FPS, frames_indices=list(range(count)))

@@ -148,9 +148,7 @@ class Reference:
     def generate(self, prompt: dict[str, Tensor], **options: Any) -> Tensor:
         return self.asked(prompt, lambda asked: generate(self._model, asked, **options))
 
-    def asked(
-        self, prompt: dict[str, Tensor], ask: Callable[[dict[str, Tensor]], Tensor], pad: bool = False
-    ) -> Tensor:
+    def asked(self, prompt: dict[str, Tensor], ask: Callable[[dict[str, Tensor]], Tensor], pad: bool = False) -> Tensor:
         if not self._row_by_row:
             first = any("altup" in part for part, _ in self._model.named_modules())
             merges = {stage: _merging(merged, 0, first) for stage, merged in self._merges.items()}

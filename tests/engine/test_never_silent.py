@@ -125,6 +125,16 @@ def test_layers_that_were_compiled_and_called_before_are_reduced():
     assert largest(model(**prompt).logits - plain) <= 1e-4, "and full again afterwards"
 
 
+@torch.no_grad()
+def test_the_wrapper_of_torch_compile_stands_for_its_model():
+    model = copy.deepcopy(build_once("llava"))
+    prompt = inputs("llava", model, batch=1)
+    compiled = torch.compile(model, backend="eager")
+    with torch.compiler.set_stance("force_eager"), foveate.apply(compiled, foveate.FastV(keep=4, layer=1)) as session:
+        compiled(**prompt)
+    assert session.trace.visual_tokens[0].tolist() == [16, 4, 4, 4, 4, 4]
+
+
 @methods
 def test_continuous_batching_is_refused(method: str):
     model = build_once("llava")

@@ -23,7 +23,17 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 
 from tests import catalogue
 
-__all__ = ["FAMILIES", "STATEFUL", "STRUCTURES", "VIDEO", "about", "family", "made", "needs_torchvision", "tokenizer", "vlm"]
+__all__ = [
+    "FAMILIES",
+    "STATEFUL",
+    "STRUCTURES",
+    "VIDEO",
+    "about",
+    "family",
+    "made",
+    "tokenizer",
+    "vlm",
+]
 
 _DATA: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text())["families"]
 FAMILIES = list(_DATA)
@@ -39,7 +49,7 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-needs_torchvision = pytest.mark.skipif(
+_needs_torchvision = pytest.mark.skipif(
     not hf.utils.is_torchvision_available(), reason="needs torchvision: run `make processors`"
 )
 
@@ -59,7 +69,7 @@ def _skips(name: str) -> list[Any]:
     marks = []
     images = IMAGE_PROCESSOR_MAPPING_NAMES.get(name) or IMAGE_PROCESSOR_MAPPING_NAMES[about(name, "known_as")]
     if "video" in _DATA[name] or "pil" not in images:
-        marks.append(needs_torchvision)
+        marks.append(_needs_torchvision)
     wanted = about(name, "needs") or []
     needed = catalogue.missing(name) + [package for package in wanted if importlib.util.find_spec(package) is None]
     if needed:

@@ -1,4 +1,4 @@
-"""The ways to generate, on families of different structure: pipeline, streamers, beams, sampling, assisted, looked up."""
+"""The ways to generate, on families of different structure: beams, samples, candidates, streamers, pipeline."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ def apply(model: nn.Module, reducer: Reducer, *, visual: Tensor | None = None) -
         OptionError: the method asks for a layer that the model does not have.
     """
     check_version()
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper: what it calls is the model
     if isinstance(reducer, EncoderMethod):
         if visual is not None:
             raise OptionError("visual= is for decoders; this method works inside encoders")

@@ -74,6 +74,34 @@ class TestVideos:
         assert [block.kind for block in (*image.blocks, *video.blocks)] == ["base", "frame", "frame"]
 
 
+class TestFramesBetweenTimeStamps:
+    """Gemma 4, Molmo 2: each frame is a run of slots; how long a video is, its features say."""
+
+    def layout(self, features: list[int], frames: list[list[int]], copies: int = 1) -> Any:
+        """Rows of frames of so many tokens, a time stamp before each; every row `copies` times."""
+        rows = [[s for length in row for s in (0, *[1] * length)] for row in frames for _ in range(copies)]
+        length = max(map(len, rows))
+        slots = torch.tensor([[0] * (length - len(row)) + row for row in rows]) > 0
+        videos = [torch.zeros(length, 64) for length in features]
+        info = {"pixel_values_videos": torch.zeros(9, 4, 4), "video_features": videos}
+        return build_layout(resolve(build("gemma3")), slots, info)
+
+    @pytest.mark.parametrize("copies", [1, 3])
+    def test_two_videos_in_a_row_and_one(self, copies: int):
+        layout = self.layout([27, 18, 20], [[9, 9, 9, 9, 9], [10, 10]], copies)
+        assert layout.known
+        assert layout.image_counts.tolist() == [2] * copies + [1] * copies
+        first, second, third = layout.images[0] + layout.images[copies]
+        assert [(block.kind, block.grid) for block in first.blocks] == [("frame", (3, 3))] * 3
+        assert [block.kind for block in second.blocks] == ["frame"] * 2
+        assert [(block.grid, block.box) for block in third.blocks] == [((1, 10), None)] * 2  # nobody knows the sides
+
+    @pytest.mark.parametrize(("features", "frames"), [([20], [[9, 9]]), ([9, 9], [[9, 9]]), ([18], [[10, 8]])])
+    def test_what_does_not_add_up_is_a_guess(self, features: list[int], frames: list[list[int]]):
+        """Features longer than the frames; frame by frame, so that they may be of any video; frames of two sizes."""
+        assert not self.layout(features, frames).known
+
+
 def _video_model(name: str) -> Any:
     if name == "llava_onevision":
         return build(name)

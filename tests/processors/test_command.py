@@ -60,10 +60,7 @@ def _run_on_a_video(name: str, tmp_path: Path) -> Any:
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-UNKNOWN = {
-    "minicpmv4_6": "which frame of its video", "lfm3_vl": "which frame of its video", "perception_lm": "which frame",
-    "gemma4": "where in a frame", 
-}  # fmt: skip
+UNKNOWN = dict.fromkeys(["minicpmv4_6", "lfm3_vl"], "which frame of its video") | {"gemma4": "where in a frame"}
 """Families whose frames, or the patches in them, are not told apart."""
 FILM = [name for name in VIDEO if name not in {*UNKNOWN, "ernie4_5_vl_moe"}]  # ERNIE's processor lacks its font
 

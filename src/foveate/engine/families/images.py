@@ -97,7 +97,10 @@ def _frames(prompt: LayoutInputs, slots: Tensor) -> list[Stream]:
     if not bool(slots.any()):
         return []
     ends = [NEWLINE] if hasattr(prompt.anatomy.base, "apply_pooling") else []
-    if prompt.video_lengths is None or prompt.video_frames is None:
+    lengths = prompt.video_lengths
+    if lengths is None and torch.equal(slots, prompt.visual):  # Perception LM encodes frames as images
+        lengths = prompt.lengths
+    if lengths is None or prompt.video_frames is None:
         if not ends:
             return [(prompt.slots(slots), _runs_as_frames(prompt, runs_of(slots)))]
         side = -(-_tower_side(prompt) // 2)
@@ -105,7 +108,7 @@ def _frames(prompt: LayoutInputs, slots: Tensor) -> list[Stream]:
         runs = runs_of(slots)
         return [(prompt.slots(slots), [[*[pooled] * _times(run.length - 1, side**2), *ends] for run in runs])]
     videos, frames = prompt.video_frames
-    per_frame = _times(_times(sum(prompt.video_lengths), videos) - len(ends), frames)
+    per_frame = _times(_times(sum(lengths), videos) - len(ends), frames)
     has_class_token = math.isqrt(per_frame) ** 2 != per_frame
     frame = [*[NEWLINE] * has_class_token, Piece("frame", _square(per_frame - has_class_token))]
     return [(prompt.slots(slots), [[*frame * frames, *ends] for _ in range(videos)])]
@@ -115,7 +118,8 @@ def _runs_as_frames(prompt: LayoutInputs, runs: list[Run]) -> list[list[Piece]]:
     """Gemma 4, Molmo 2: frames between which time stamps stand; the features of each video come end to end."""
     if prompt.video_lengths is None:
         raise ValueError("frames are not told apart")
-    videos, left = [], iter(runs)
+    copies = max(1, sum(run.length for run in runs) // max(1, sum(prompt.video_lengths)))  # beams repeat each row
+    videos, left = [], iter([run for run in runs if run.row % copies == 0])
     for length in prompt.video_lengths:
         frames: list[Run] = []
         while sum(run.length for run in frames) < length:

@@ -70,8 +70,9 @@ class Anatomy:
 
     @property
     def takes_videos(self) -> bool:
-        """Whether a video can be told from images: the model encodes it apart, or the caller numbers its frames."""
-        return self.numbered or hasattr(self.base, "get_video_features")
+        """Whether a video can be told from images: the model takes it apart, or the caller numbers its frames."""
+        takes = inspect.signature(self.model.forward).parameters
+        return self.numbered or hasattr(self.base, "get_video_features") or "pixel_values_videos" in takes
 
     @property
     def config(self) -> Any:

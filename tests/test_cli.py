@@ -125,6 +125,8 @@ def test_layer_beyond_the_depth(picture):
 def test_missing_model(tmp_path, picture):
     rest = ["--image", picture, "--prompt", "x", "--method", "fastv", "--keep", "0.3"]
     assert "no such folder" in complaint("run", tmp_path / "gone", *rest)
+    # Before a model is loaded: this one would be complained of, too.
+    assert ".png, .pdf or .svg" in complaint("run", tmp_path / "gone", *rest, "--overlay", tmp_path / "kept.gif")
     assert "config.json" in complaint("run", tmp_path, *rest)
     assert "tiny-llava" in complaint("run", "zoo:huge-llava", *rest)  # the known ones
 

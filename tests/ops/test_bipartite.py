@@ -9,7 +9,6 @@ from foveate.ops.bipartite import (
     cosines,
     energy_matching,
     feature_energy,
-    gaussian_energy,
     merge_schedule,
     soft_matching,
 )
@@ -27,7 +26,7 @@ def mergings() -> dict[str, Merging]:
         "soft distill": soft_matching(X, 6, class_token=True, distill_token=True),
         "energy": energy_matching(similarity, energy, 6),
         "energy cls": energy_matching(inner, feature_energy(inner, 0.3), 6, class_token=True),
-        "halves": energy_matching(similarity, gaussian_energy(similarity, 0.5), 6, pairs="halves"),
+        "halves": energy_matching(similarity, feature_energy(similarity, 0.5), 6, pairs="halves"),
         "all": energy_matching(similarity, energy, 6, pairs="all"),
     }
 

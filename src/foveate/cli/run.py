@@ -63,6 +63,7 @@ def run(
     from ..evaluate.videos import open_video
     from ..view import film_strip, save
     from ..view import overlay as draw
+    from ..view.overlay import picture_kind
     from ..view.seen import as_seen, frames_as_seen
 
     if (image is None) == (video is None):
@@ -77,6 +78,11 @@ def run(
     picture = clip.frames[len(clip.frames) // 2] if clip is not None else open_image(image or "")
     writable(json)
     writable(overlay)
+    if overlay is not None:
+        try:
+            picture_kind(overlay)
+        except ValueError as error:
+            raise CommandError(f"--overlay: {error}") from error
     if not prompt.strip():
         raise CommandError("prompt: is empty")
     vlm = answering.load(model, dtype, device)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["accuracy", "agreement", "matches", "normalise", "standard_error"]
+__all__ = ["accuracy", "agreement", "matches", "normalise"]
 
 ARTICLES = {"a", "an", "the"}
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -33,8 +33,3 @@ def accuracy(predicted: Sequence[str], answers: Sequence[str]) -> float:
 def agreement(predicted: Sequence[str], full: Sequence[str]) -> float:
     """Share of samples on which the reduced model says what the full model says, right or wrong."""
     return accuracy(predicted, full)
-
-
-def standard_error(share: float, count: int) -> float:
-    """Binomial standard error of a share of `count` samples."""
-    return (share * (1 - share) / count) ** 0.5

@@ -15,7 +15,6 @@ __all__ = [
     "cosines",
     "energy_matching",
     "feature_energy",
-    "gaussian_energy",
     "merge_schedule",
     "soft_matching",
 ]
@@ -165,12 +164,6 @@ def feature_energy(similarity: Tensor, margin: float, alpha: float = 1.0) -> Ten
         (B, T).
     """
     return elu(similarity - margin, alpha=alpha).mean(-1)
-
-
-def gaussian_energy(similarity: Tensor, margin: float) -> Tensor:
-    """The energy of PiToMe for text: mean_j N(1 - S_ij; 0, (1 - margin)^2): (B, T)."""
-    sigma = 1 - margin
-    return (torch.exp(-0.5 * ((1 - similarity) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)).mean(-1)
 
 
 def energy_matching(

@@ -33,6 +33,7 @@ __all__ = [
     "head_height",
     "new_figure",
     "overlay",
+    "picture_kind",
     "save",
     "sheet",
     "show",
@@ -211,10 +212,14 @@ def save(figure: Figure, path: str | Path) -> None:
         ValueError: an unknown suffix.
         OSError: the place cannot be written.
     """
-    path = Path(path)
-    kind = path.suffix.removeprefix(".").lower() or "png"
+    picture = io.BytesIO()
+    figure.savefig(picture, format=picture_kind(path))
+    write_whole(Path(path), picture.getvalue())
+
+
+def picture_kind(path: str | Path) -> str:
+    """ "png", "pdf" or "svg", by the suffix; "png" without one. Raises `ValueError` for any other."""
+    kind = Path(path).suffix.removeprefix(".").lower() or "png"
     if kind not in ("png", "pdf", "svg"):
         raise ValueError(f"picture {path}: use a name that ends in .png, .pdf or .svg")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=kind)
-    write_whole(path, picture.getvalue())
+    return kind

@@ -11,7 +11,7 @@ import torch
 
 import foveate
 from foveate.reduction import Reducer, View
-from tests import families
+from tests import catalogue, families
 from tests.reducers import tower
 from tests.reference.checks import TOLERANCE, build_once, footprint, largest
 from tests.reference.masked import MaskedReference
@@ -97,3 +97,25 @@ def test_several_images_in_a_row_have_the_budget_of_each(name: str, method: str)
     with foveate.apply(model, foveate.build(method, keep=5)) as session:
         model(**inputs)
     assert session.trace.visual_tokens[:, 0].tolist() == [15, 5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("minicpmv4_6", "needs layers like those of CLIP"),
+        ("granite_docling", "cannot go on with fewer tokens in its vision tower"),
+        ("unlimited_ocr", "cannot go on with fewer tokens in its vision tower"),
+        ("blip-2", "resamples the tower's patches"),
+    ],
+)
+@pytest.mark.parametrize("method", ["tome", "pitome"])
+def test_towers_in_which_nothing_can_merge_are_refused_with_the_reason(method: str, name: str, reason: str):
+    if not catalogue.known(name):
+        pytest.skip(f"this transformers has no {name}")
+    model = catalogue.build(name)
+    prompt = catalogue.inputs(name, model)
+    plain = model(**prompt).logits
+    with pytest.raises(foveate.UnsupportedError, match=reason), foveate.apply(model, METHODS[method](0.5)):
+        model(**prompt)
+    assert torch.equal(model(**prompt).logits, plain)

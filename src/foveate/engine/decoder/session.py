@@ -6,6 +6,7 @@ Forward hooks on the model, the decoder and its layers, instance attributes over
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ...reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError, bind
 from ..compat import active_collector, check_checkpointing, given_cache
 from ..families.parts import Anatomy, resolve
+from ..families.tower import check_traceable
 from ..layout import build_layout
 from ..session import Session
 from ..vision.merging import TowerReduction
@@ -101,6 +103,7 @@ class DecoderSession(Session):
             self._vision.install(undo)
         tower = getattr(reducer, "tower", None)
         if tower is not None and parts.vision is not None:
+            check_traceable(parts)
             self._tower = TowerReduction(parts.vision, tower, parts.vision_layer)
             self._tower.install(undo)
         self._wrap(parts.model, "generate", self._watch_generate)
@@ -176,7 +179,8 @@ class DecoderSession(Session):
                 for part in (self._vision, self._tower):
                     if part is not None:
                         part.begin(is_video)
-                features = get_features(*args, **kwargs)
+                with self._tower.blamed(self.anatomy.model) if self._tower else contextlib.nullcontext():
+                    features = get_features(*args, **kwargs)
                 given = dict(zip(inspect.signature(get_features).parameters, args)) | kwargs
                 call.features.update({name: value for name, value in given.items() if value is not None})
                 pooled = getattr(features, "pooler_output", features)

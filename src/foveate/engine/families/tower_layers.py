@@ -46,7 +46,8 @@ def check_mergeable(layer: nn.Module, proportional: bool) -> None:
     """Refuse layers in which tokens cannot merge, or cannot be weighted by a mask. Raises `UnsupportedError`."""
     norm_and_mlp(layer)
     accepted = inspect.signature(layer.forward).parameters
-    if "cu_seqlens" in accepted:
+    attention = (part for name, part in layer.named_children() if name in _ATTENTION_NAMES)
+    if any("cu_seqlens" in inspect.signature(part.forward).parameters for part in (layer, *attention)):
         raise _unlike_clip(layer)
     if proportional and "attention_mask" not in accepted:
         raise UnsupportedError(f"{type(layer).__name__} takes no mask, so it needs proportional=False")

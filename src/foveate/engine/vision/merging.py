@@ -8,10 +8,12 @@ patches share one token is handed to the method, which keeps one slot of each be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -180,6 +182,21 @@ class TowerReduction(Shared):
                 "merging inside the vision tower is for images, not for videos; merge after it (where='output')"
             )
         self.clear()
+
+    @contextlib.contextmanager
+    def blamed(self, model: nn.Module) -> Iterator[None]:
+        """What a model's own code raises once its tower has fewer tokens, it raises because of them."""
+        try:
+            yield
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            if not self.calls:
+                raise
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot go on with fewer tokens in its vision tower ({error}); merge after it "
+                "(where='output')"
+            ) from error
 
     def clear(self) -> None:
         """Forget what merged in this thread: new images are about to be encoded, or the call is over."""

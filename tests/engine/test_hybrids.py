@@ -335,6 +335,21 @@ class TestCopiesOfTheHiddenStates:
         only_removed = Reference(model, trace, []).forward(prompt)
         assert largest(expected[:, -1] - only_removed[:, -1]) > 1e-3
 
+    @torch.no_grad()
+    def test_in_a_chain_the_last_of_a_layer_may_merge(self):
+        model, prompt = _gemma3n(0), {"input_ids": self.ids, "attention_mask": self.mask}
+        merging = foveate.SparseVLM(keep=4, layers=[0, 2], details={"tau": 1.0})
+        with foveate.apply(
+            model, foveate.Chain(foveate.FastV(keep=8, layer=1), merging), visual=self.visual
+        ) as session:
+            model(**prompt)
+        assert int(session.trace.active(2)[0, self.visual[0]].sum()) <= 8
+        with (
+            foveate.apply(model, foveate.Chain(merging, foveate.FastV(keep=2, layer=1)), visual=self.visual),
+            pytest.raises(foveate.UnsupportedError, match="cannot go on in the same layer"),
+        ):
+            model(**prompt)
+
     def test_a_method_that_merges_one_copy_is_refused(self):
         model = _gemma3n(0)
 

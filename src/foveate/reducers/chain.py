@@ -58,19 +58,21 @@ class Chain(Reducer):
     def decide(self, view: View) -> Decision | None:
         """The members' decisions for this stage, as one."""
         united: Decision | None = None
+        before: Decision | None = None
         state = view.state
         for i, member in enumerate(self.members):
             if view.stage not in member.stages:
                 continue
+            if before is not None:
+                view, before = _carried_out(view, before), None
             tap = member.taps.get(view.stage)
             ahead = view.ahead if tap is not None and tap.ahead else None
             own = replace(view, state=state.setdefault(str(i), {}), ahead=ahead)
             decision = member.decide(own)
             if decision is None:
                 continue
-            decision = replace(decision, positions=decision.positions or member.positions)
-            united = decision if united is None else _join(united, decision)
-            view = _carried_out(view, decision)
+            before = replace(decision, positions=decision.positions or member.positions)
+            united = before if united is None else _join(united, before)
         return united
 
 

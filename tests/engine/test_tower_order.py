@@ -28,6 +28,7 @@ from tests.families import (
 )
 from tests.reference.patches import disagreements
 from torch import Tensor
+from torch.nn.functional import pad
 
 import foveate
 from foveate.engine.families.parts import resolve
@@ -64,6 +65,41 @@ def test_other_ways_from_patches_to_slots(name: str, monkeypatch: pytest.MonkeyP
         pytest.skip("transformers 5.24 itself fails on Llama 4 with an image: its outputs have no image_outputs")
     model = catalogue.build(name)
     assert_slots_are_judged_by_their_patches(model, catalogue.inputs(name, model), step=7)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 16), (16, 4), (6, 8), (4, 6)])
+def test_gemma4_says_where_its_patches_lie(height: int, width: int):
+    """An oblong image of as many patches as a square one, and padded ones."""
+    model = catalogue.build("gemma4")
+    prompt = catalogue.inputs("gemma4", model, rows=1)
+    places = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1).reshape(-1, 2)
+    prompt["image_position_ids"] = pad(places, (0, 0, 0, 64 - height * width), value=-1)[None]
+    excess = catalogue.visual_slots("gemma4", prompt)[0].cumsum(0) > height * width // 4
+    prompt["input_ids"][0, excess & (prompt["input_ids"][0] == IMAGE_TOKEN)] = 9
+    if "mm_token_type_ids" in prompt:
+        prompt["mm_token_type_ids"] = (prompt["input_ids"] == IMAGE_TOKEN).int()
+    assert_slots_are_judged_by_their_patches(model, prompt, step=5)
+
+
+def test_molmo2_says_which_patches_are_pooled():
+    """An image seen whole and in two crops that overlap: three squares, of which the crops make one oblong."""
+    model = catalogue.build("molmo2")
+    prompt = catalogue.inputs("molmo2", model, rows=1)
+    crops = torch.arange(64, 192).view(2, 8, 8)
+    mosaic = torch.cat([crops[0, :, :6], crops[1, :, 2:]], 1)  # 8 x 12
+    table = mosaic.view(4, 2, 6, 2).transpose(1, 2).reshape(24, 4)
+    prompt |= {
+        "pixel_values": _noise(3, 64, 192),
+        "image_token_pooling": torch.cat([prompt["image_token_pooling"], table]),
+        "image_grids": torch.tensor([[4, 4, 4, 6]]),
+        "image_num_crops": torch.tensor([3]),
+    }
+    slots = catalogue.visual_slots("molmo2", prompt)[0].nonzero()[:, 0]
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in prompt:
+            more = prompt[name][:, slots[:1]].expand(1, 24)
+            prompt[name] = torch.cat([prompt[name][:, : slots[0]], more, prompt[name][:, slots[0] :]], 1)
+    assert_slots_are_judged_by_their_patches(model, prompt, step=7)
 
 
 @pytest.mark.parametrize(

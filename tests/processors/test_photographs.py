@@ -9,9 +9,11 @@ import foveate
 from tests.processors.build import FAMILIES, about, family, vlm
 from tests.processors.exact import DECODER, TOWER, judged
 from tests.processors.media import PHOTOGRAPHS, RGB, asked, encoded
+from tests.reference.patches import disagreements
 
 CUT_APART = {"granite4_vision", "molmo2", "phi4_multimodal"}
 """Families of which nothing tells whose the rows of patches are, or where a photograph ends and the next begins."""
+TRACED = [name for name in FAMILIES if not about(name, "no_tower")]
 
 
 @family(quick="paligemma")
@@ -29,6 +31,16 @@ def test_methods_that_read_the_tower(name: str):
                 judged(vlm(name), rows[:1], method, **options)
         else:
             judged(vlm(name), rows, method, **options)
+
+
+@torch.no_grad()
+@family(TRACED)
+def test_slots_are_judged_by_their_patches(name: str):
+    model, processor = vlm(name)
+    prompt = encoded(processor, [asked("What is this?", "portrait"), asked("And these two?", "landscape", "small")])
+    wrong, found = disagreements(model, prompt, step=23)
+    assert not wrong, wrong[0]
+    assert found >= 2
 
 
 @family(quick="llava_next")

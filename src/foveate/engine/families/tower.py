@@ -148,6 +148,11 @@ def plan_tower(anatomy: Anatomy, blocks: int, tokens: int, info: dict[str, Any],
     if grids is not None:
         plan = _stream_plan(anatomy, grids, info.get("video_merge_sizes" if video else "image_merge_sizes"))
         return _compressed(plan, info.get("video_compression_mask")) if video else plan
+    kind = "video" if video else "image"
+    if f"{kind}_token_pooling" in info:
+        return _tabled_plan(info[f"{kind}_token_pooling"], _molmo_sizes(info[f"{kind}_grids"]))
+    if f"{kind}_position_ids" in info:
+        return _positioned_plan(info[f"{kind}_position_ids"], anatomy.vision_config.pooling_kernel_size)
     shapes = _SHAPES.get(getattr(anatomy.config, "model_type", ""))
     if shapes is not None:
         return _shaped_plan(anatomy, info.get(f"{shapes}_videos" if video else shapes), tokens)
@@ -372,6 +377,43 @@ def _shaped_plan(anatomy: Anatomy, shapes: Tensor | None, tokens: int) -> TowerP
     merged = [(h // step, w // step) for h, w in sizes]
     index = _blocks([h * w for h, w in merged])
     return TowerPlan(join, index, None, sum(h * w for h, w in merged), torch.tensor(merged))
+
+
+def _positioned_plan(positions: Tensor, step: int) -> TowerPlan:
+    """Gemma 4: positions (..., N, 2) say where a patch lies, (x, y), and -1 that it is padding."""
+    tables, sizes = [], []
+    for number, places in enumerate(positions.cpu().flatten(0, -3)):
+        there = (places >= 0).all(1).nonzero()[:, 0]
+        x, y = (places[there] // step).unbind(1)
+        width, height = int(x.max()) + 1, int(y.max()) + 1
+        order = there[torch.argsort(y * width + x, stable=True)]
+        tables.append(order.view(height * width, step * step) + number * places.shape[0])
+        sizes.append((height, width))
+    return _tabled_plan(torch.cat(tables), sizes)
+
+
+def _molmo_sizes(grids: Tensor) -> list[tuple[int, int]]:
+    """Molmo 2: an image is seen whole, then cut into crops that overlap; of a video, every frame."""
+    if grids.shape[1] == 3:
+        return [(h, w) for frames, h, w in grids.tolist() for _ in range(frames)]
+    return [(h, w) for row in grids.tolist() for h, w in (row[:2], row[2:]) if h * w]
+
+
+def _tabled_plan(table: Tensor, sizes: list[tuple[int, int]]) -> TowerPlan:
+    """Visual tokens made of the patches that a table (T, k) names, by number through the whole call, -1 for none."""
+    table = table[(table >= 0).any(1)]
+
+    def join(part: Tensor) -> Tensor:
+        numbers = table.to(part.device)
+        there = (numbers >= 0).view(*numbers.shape, *([1] * (part.dim() - 2)))
+        return (part.flatten(0, 1)[numbers.clamp_min(0)] * there).sum(1) / there.sum(1)
+
+    index = _blocks([h * w for h, w in sizes])
+    if int(index.max()) + 1 != len(table):
+        raise UnsupportedError(
+            f"{len(table)} visual tokens are made of patches, but the grids say {int(index.max()) + 1}"
+        )
+    return TowerPlan(join, index, None, len(table), torch.tensor(sizes))
 
 
 def _compressed(plan: TowerPlan, shown: Tensor | None) -> TowerPlan:

@@ -28,7 +28,7 @@ def video_view(features: Tensor, row_ends: int = 0) -> View:
     visual[0, BEFORE : length - AFTER] = True
     hidden = torch.zeros(1, length, features.shape[2])
     hidden[0, slots.flatten()] = features.flatten(0, 1)
-    video = SimpleNamespace(row=0, blocks=[SimpleNamespace(kind="frame", slots=part) for part in slots])
+    video = SimpleNamespace(row=0, images=1, blocks=[SimpleNamespace(kind="frame", slots=part) for part in slots])
     everything = torch.ones_like(visual)
     layout = SimpleNamespace(
         images=[[video]], image_index=torch.where(visual, 0, -1), image_counts=torch.ones(1).long()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import foveate
 from foveate.cli.grid import listed_recipes
@@ -166,6 +167,37 @@ def test_a_video_whose_frames_are_not_known_is_refused(method: str, monkeypatch:
     model, prompt = videos.build("qwen2_vl"), videos.prompt("qwen2_vl")
     monkeypatch.setattr("foveate.engine.layout.plan", lambda prompt: [])
     with foveate.apply(model, METHODS[method](0.2)), pytest.raises(foveate.UnsupportedError, match="which frame"):
+        model(**prompt)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fastvid"])  # which needs a tower
+@torch.no_grad()
+def test_a_decoder_without_a_tower(method: str):
+    """Numbered runs between which text stands are the frames of a video; a single run cannot be told apart."""
+    model = LlamaForCausalLM(LlamaConfig(**families.DECODER)).eval()
+    states = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    several = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0]])
+    with foveate.apply(model, METHODS[method](0.5), visual=several) as session:
+        model(inputs_embeds=states)
+    assert session.trace.visual_tokens[0, 0] == 6
+    one = torch.tensor([[0, *[1] * 12, *[0] * 7]])
+    with (
+        foveate.apply(model, METHODS[method](0.5), visual=one),
+        pytest.raises(foveate.UnsupportedError, match="which frame"),
+    ):
+        model(inputs_embeds=states)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_frames_in_tiles_are_refused(method: str):
+    model = build_once("llava_next")
+    prompt = families.inputs("llava_next", model, batch=1, images=2)
+    numbers = families.visual_slots(prompt["input_ids"]).long()
+    with (
+        foveate.apply(model, METHODS[method](0.2), visual=numbers),
+        pytest.raises(foveate.UnsupportedError, match="cut into tiles"),
+    ):
         model(**prompt)
 
 

@@ -64,6 +64,7 @@ class ImageLayout:
         blocks: its patches.
         newline: (k,) long: slots of learnt row ends (LLaVA-NeXT, LLaVA-OneVision). They show no part of the image.
         known: False if slots and grid are guessed from contiguous runs of visual slots.
+        images: how many images the caller made one item of.
     """
 
     row: int
@@ -71,16 +72,21 @@ class ImageLayout:
     blocks: list[Block]
     newline: Tensor
     known: bool
+    images: int = 1
 
 
 class Layout:
     """Where the patches of a batch are. Worked out when first asked for, at a few device syncs; free until then.
+
+    Attributes:
+        numbered: whether the caller numbered the images and videos himself.
 
     Made by `build_layout`.
     """
 
     def __init__(self, visual: Tensor, prompt: LayoutInputs):
         self._visual, self._prompt = visual, prompt
+        self.numbered = prompt.items is not None
 
     @cached_property
     def images(self) -> list[list[ImageLayout]]:
@@ -207,7 +213,7 @@ def _one(images: list[ImageLayout]) -> ImageLayout:
     if len(blocks) == len(images):
         blocks = [replace(block, kind="frame") for block in blocks]
     slots, newline = (torch.cat([getattr(image, name) for image in images]) for name in ("slots", "newline"))
-    return ImageLayout(images[0].row, slots, blocks, newline, all(image.known for image in images))
+    return ImageLayout(images[0].row, slots, blocks, newline, all(image.known for image in images), len(images))
 
 
 def _guess(run: Run) -> ImageLayout:

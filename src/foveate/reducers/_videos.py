@@ -81,17 +81,24 @@ def videos_of(view: View) -> Videos | None:
     """The videos of a batch; None without any.
 
     Raises:
-        UnsupportedError: there are videos, but where their frames lie is not known.
+        UnsupportedError: there are videos, but where their frames lie is not known, or each frame is cut into tiles.
     """
     images = [] if view.layout is None else [image for row in view.layout.images for image in row]
     found = [
         (image.row, frames) for image in images if (frames := [b.slots for b in image.blocks if b.kind == "frame"])
     ]
+    if any(image.images > 1 and len(image.blocks) > image.images for image in images):
+        raise UnsupportedError(
+            "images that are numbered as frames of one video were cut into tiles, whose patches cannot be compared "
+            "from frame to frame; give frames that the processor leaves whole"
+        )
     if not found:
-        if any(view.info.get(name) is not None for name in _GIVEN):
+        guessed = view.layout is not None and view.layout.numbered and not view.layout.known
+        if guessed or any(view.info.get(name) is not None for name in _GIVEN):
             raise UnsupportedError(
                 "which slots of the prompt are which frame of its video is not known for this model; "
-                "apply(..., visual=LongTensor (B, S)) that numbers a video's frames alike says so"
+                "apply(..., visual=LongTensor (B, S)) that numbers a video's frames alike says so where text stands "
+                "between them"
             )
         return None
     longest = max(len(frames) for _, frames in found)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from foveate.ops.bipartite import cosines, energy_matching, feature_energy, gaussian_energy, soft_matching
+from foveate.ops.bipartite import cosines, energy_matching, feature_energy, soft_matching
 
 from . import Golden
 
@@ -30,9 +31,10 @@ def check(path: Path) -> None:
 
 
 def _text(golden: Golden, similarity: Tensor, r: int, margin: float) -> None:
-    merging = energy_matching(
-        similarity, gaussian_energy(similarity, margin), r, golden.scalar("class_token"), "halves"
-    )
+    # The energy of PiToMe for text, which no method here uses: mean_j N(1 - S_ij; 0, (1 - margin)^2).
+    sigma = 1 - margin
+    energy = (torch.exp(-0.5 * ((1 - similarity) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)).mean(-1)
+    merging = energy_matching(similarity, energy, r, golden.scalar("class_token"), "halves")
     mean, size = merging.mean(golden["x"])
     golden.compare("out_wavg", mean, rtol=RTOL, atol=ATOL)
     golden.compare("out_wavg_size", size, rtol=RTOL)

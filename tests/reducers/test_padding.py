@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import Tensor
 
 import foveate
+from tests import catalogue
+from tests.catalogue.count import judge
 from tests.families import inputs
 from tests.reducers.test_matrix import METHODS, one_row
 from tests.reference.checks import TOLERANCE, build_once, largest
@@ -66,3 +70,14 @@ def test_a_row_in_a_batch_is_the_row_alone(
         for stage, (batch, single) in enumerate(zip(kept[row], kept_alone[0], strict=True)):
             assert torch.equal(batch, single), f"row {row}, decision {stage}"
         assert largest(alone[0] - logits[row]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama4", "kimi_k25", "gemma4", "fuyu"])
+def test_keys_are_compared_without_their_positions_however_a_decoder_rotates_them(name: str):
+    """Complex numbers; a part of each key, at its end or its start; queries and keys one by one."""
+    if not catalogue.known(name):
+        pytest.skip(f"this transformers has no {name}")
+    if name == "llama4" and Version(hf.__version__).release[:2] == (5, 24):
+        pytest.skip("transformers 5.24 itself fails on Llama 4 with an image: its outputs have no image_outputs")
+    model = catalogue.build(name)
+    judge(name, model, "dart", {"keep": 0.5, "layer": 1}, catalogue.inputs(name, model))

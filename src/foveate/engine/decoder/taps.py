@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -219,18 +220,51 @@ def counted_from_first(module: nn.Module, tap: Tap, rope: Any, first: Tensor) ->
     Args:
         module: the attention module that rotated them.
         tap: with query and key; changed in place.
-        rope: cos and sin that the layer was handed, (B or 1, n, d); anything else is left alone.
+        rope: cos and sin that the layer was handed, (B or 1, n, d), or complex numbers (B or 1, n, d / 2) (Llama 4);
+            anything else is left alone.
         first: (B,) which of the n is the first token.
     """
+    if tap.query is None or tap.key is None:
+        return
+    if isinstance(rope, Tensor) and rope.is_complex() and rope.dim() == 3:
+        rows = torch.arange(len(first), device=rope.device)
+        turn = rope.expand(len(first), -1, -1)[rows, first.to(rope.device)].conj()[:, None, None]
+        turn = (turn / turn.abs()).to(tap.key.device)
+        tap.query, tap.key = (
+            torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+            for x in (tap.query, tap.key)
+        )
+        return
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     pair = isinstance(rope, tuple | list) and len(rope) == 2 and all(part.dim() == 3 for part in rope)
-    if rotate is None or not pair or tap.query is None or tap.key is None:
+    if rotate is None or not pair:
         return
     first = first.to(rope[0].device)
     rows = torch.arange(len(first), device=first.device)
     cos, sin = (part.expand(len(first), -1, -1)[rows, first, None].float().to(tap.key.device) for part in rope)
     scale = (cos.square() + sin.square()).sqrt()
-    tap.query, tap.key = rotate(tap.query.float(), tap.key.float(), cos / scale, -sin / scale)
+    turn = functools.partial(_turned, module, rotate, cos / scale, -sin / scale)
+    tap.query, tap.key = turn(tap.query.float()), turn(tap.key.float())
+
+
+def _turned(module: nn.Module, rotate: Callable[..., Any], cos: Tensor, sin: Tensor, x: Tensor) -> Tensor:
+    """Queries or keys (B, H, n, d), of which `rotate` turns the part that is as wide as cos and sin.
+
+    Raises:
+        UnsupportedError: it cannot be done with what the module's own file offers.
+    """
+    width = cos.shape[-1]
+    first = x.shape[-1] - width if hasattr(module, "qk_rope_head_dim") else 0  # latent attention: behind the others
+    try:
+        part = x[..., first : first + width]
+        alone = next(iter(inspect.signature(rotate).parameters)) == "x"
+        part = rotate(part, cos, sin) if alone else rotate(part, part, cos, sin)[0]
+        return torch.cat([x[..., :first], part, x[..., first + width :]], -1)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(
+            f"how {type(module).__name__} rotates its keys is not known, so that they cannot be compared without their "
+            f"positions ({error}); use a method that compares something else"
+        ) from error
 
 
 def _visibility(

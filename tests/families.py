@@ -267,7 +267,7 @@ _FAMILIES = {
     "gemma3_window": Family(lambda: _gemma3(WINDOW), _images(64)),
     "paligemma": Family(_paligemma, _images(32)),
     "vipllava": Family(_vipllava, _images(32)),
-    "aya_vision": Family(_aya_vision, _images(64)),
+    "aya_vision": Family(_aya_vision, _images(64), brackets=True),
     "mistral3": Family(
         _mistral3, lambda n: {"pixel_values": _noise(n, 3, 64, 64), "image_sizes": torch.tensor([[64, 64]] * n)}
     ),

@@ -228,10 +228,10 @@ def counted_from_first(module: nn.Module, tap: Tap, rope: Any, first: Tensor) ->
         return
     if isinstance(rope, Tensor) and rope.is_complex() and rope.dim() == 3:
         rows = torch.arange(len(first), device=rope.device)
-        turn = rope.expand(len(first), -1, -1)[rows, first.to(rope.device)].conj()[:, None, None]
-        turn = (turn / turn.abs()).to(tap.key.device)
+        back = rope.expand(len(first), -1, -1)[rows, first.to(rope.device)].conj()[:, None, None]
+        back = (back / back.abs()).to(tap.key.device)
         tap.query, tap.key = (
-            torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+            torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * back).flatten(-2)
             for x in (tap.query, tap.key)
         )
         return

@@ -210,9 +210,13 @@ def _by_tag(prompt: LayoutInputs, place: Callable[[Run], int], opens: bool = Fal
         place: slot of the tag of a run, if it has one.
         opens: the tag begins an image.
     """
-    ids, images = prompt.of_prompt("input_ids"), []
-    if ids is None:
-        raise ValueError("nothing tells the tiles of one image from those of the next")
+    ids, images = prompt.of_prompt("input_ids"), list[list[Run]]()
+    if ids is None:  # a tag between tiles, two tags at least between images
+        for run in runs_of(prompt.visual):
+            last = images[-1][-1] if images else None
+            goes_on = last is not None and last.row == run.row and run.start == last.end + 1
+            images[-1].append(run) if goes_on else images.append([run])
+        return images
     for _, group in itertools.groupby(runs_of(prompt.visual), lambda run: run.row):
         runs = list(group)
         tag = int(ids[runs[0].row, place(runs[0 if opens else -1])])

@@ -19,6 +19,7 @@ from tests.processors.media import asked, encoded
 
 _fastv = functools.partial(foveate.FastV, keep=0.5, layer=1)
 SOME = ["llava", "qwen2_5_vl", "gemma3", "lfm2_vl"]
+OFFLOADED = ["llava", "qwen2_5_vl", "gemma3", "qwen3_5"]  # LFM2-VL fails plainly: it reads a weight past its module
 
 
 def _rows(name: str) -> list[dict[str, Tensor]]:
@@ -103,7 +104,7 @@ def test_int8_activations(name: str):
 
 
 @torch.no_grad()
-@family(["llava", "qwen2_5_vl", "gemma3", "qwen3_5"])  # LFM2-VL fails plainly: it reads a weight past its module
+@family(OFFLOADED)
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("first", ["offloaded", "applied"])
 def test_offload(name: str, where: str, first: str, tmp_path: Path):
@@ -157,3 +158,13 @@ def test_compiled_parts(name: str):
     differ("compiled, nothing removed", generate(model, prompt), plain)
     with foveate.apply(model, _fastv()):
         differ("compiled", generate(model, prompt), expected)
+
+
+def test_the_readme_names_what_is_tried_here():
+    written = {"llava": "LLaVA", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "internvl": "InternVL",
+               "gemma3": "Gemma 3", "smolvlm": "SmolVLM", "lfm2_vl": "LFM2-VL", "qwen3_5": "Qwen3.5"}  # fmt: skip
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    tried = {"bfloat16": STRUCTURES, "LoRA": SOME, "int8": SOME, "offload": OFFLOADED, "`torch.compile` of MLPs": SOME}
+    for what, names in tried.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {what}"))
+        assert f": {', '.join(written[name] for name in names)} " in row, what

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from transformers.video_utils import load_video
 
+import foveate
 from tests.processors.build import VIDEO, about, family, vlm
 from tests.processors.exact import judged
 from tests.processors.media import asked, frames, write_mp4
+
+TRACED = [name for name in VIDEO if not about(name, "no_tower") and name != "ernie4_5_vl_moe"]
+"""Ernie merges two frames in its connector; what its tower saw of a video is refused."""
 
 
 @family(VIDEO)
@@ -18,6 +22,17 @@ def test_frames(name: str):
     judged(vlm(name), [conversation], "random", keep=0.5)
     judged(vlm(name), [conversation], "fastv", keep=0.5, layer=1)
     judged(vlm(name), [conversation], "sparsevlm", keep=0.5)
+
+
+@family(TRACED)
+def test_methods_that_read_the_tower(name: str):
+    judged(vlm(name), [asked("What moves?", video=frames())], "visionzip", keep=0.5)
+
+
+@family(["ernie4_5_vl_moe"])
+def test_frames_merged_in_the_connector_are_refused(name: str):
+    with pytest.raises(foveate.UnsupportedError, match="384 visual features were read, but the prompt has 192"):
+        judged(vlm(name), [asked("What moves?", video=frames())], "visionzip", keep=0.5)
 
 
 @family(VIDEO)

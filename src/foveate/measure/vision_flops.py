@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.families.parts import Anatomy, resolve
-from ..engine.families.tower import is_stream, merge_side, tiles_of
+from ..engine.families.streams import merge_side
+from ..engine.families.tower import is_stream, tiles_of
 from ..engine.trace import TowerCall, Trace
 from ..reduction import UnsupportedError
 from .flops import exact_flops

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .layout_inputs import THUMB, LayoutInputs, Run, modality, runs_of
-from .tower import merge_side, pack, shaped, tiles_of
+from .streams import merge_side, shaped
+from .tower import pack, tiles_of
 
 __all__ = ["Piece", "Stream", "plan"]
 

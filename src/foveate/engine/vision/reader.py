@@ -22,7 +22,8 @@ from ...reduction import Patches, UnsupportedError, VisionSpec
 from ..decoder.taps import tap_attention
 from ..families.layout_inputs import modality
 from ..families.parts import Anatomy
-from ..families.tower import TowerPlan, check_feature_layer, check_traceable, class_token_last, is_stream, plan_tower
+from ..families.streams import TowerPlan
+from ..families.tower import check_feature_layer, check_traceable, class_token_last, is_stream, plan_tower
 from ..families.tower_layers import attention_modules, layer_of
 from ..stopwatch import deciding
 from ..undo import Shared, Undo

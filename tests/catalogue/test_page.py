@@ -16,7 +16,7 @@ from tests.catalogue.page import page
 DOCS = Path(__file__).parents[2] / "docs"
 COUNTED = json.loads((DOCS / "compatibility.json").read_text())
 EVERYTHING = [*IN_DECODER, *IN_TOWER, *FEATURES]
-AGAIN = ["llava", "lfm2_vl", "dots3_note", "mistral3", "smolvlm"]
+AGAIN = ["llava", "lfm2_vl", "minicpmv4_6", "mistral3", "smolvlm"]
 """Of different kinds, and quick: counted again by CI. All are by `make compatibility`."""
 
 

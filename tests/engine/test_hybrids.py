@@ -71,6 +71,7 @@ LONG = (
 """Twenty tokens and a second turn: as they are asked for, or as a window or an index comes into play."""
 TWINS = {
     "qwen3_5_moe", "lfm3_vl", "gemma4_shared_window", "inkling", "inkling2", "qwen4_exp", "glm5_next", "unlimited_ocr",
+    "dots3_small_index",
 }  # fmt: skip
 """Of a kind with another one of `MODELS`."""
 
@@ -201,7 +202,7 @@ def test_a_second_turn_goes_on_from_the_returned_cache(name: str):
         assert largest(two_turns(prompt, question) - torch.cat(expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["lfm2_vl", "inkling2_window", "dots3_small_index", "unlimited_ocr"])
+@pytest.mark.parametrize("name", ["unlimited_ocr", *_models(["lfm2_vl", "inkling2_window", "dots3_small_index"])])
 @torch.no_grad()
 def test_candidates_that_are_taken_back_leave_no_trace_in_the_cache(name: str):
     model, prompt = _built(name)

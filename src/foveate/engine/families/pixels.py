@@ -83,10 +83,11 @@ def shown(processor: Any, width: int, height: int) -> tuple[tuple[int, int, int,
         padding; None for the whole photograph, and where only parts of it are shown (tiles).
     """
     rules = getattr(processor, "image_processor", processor)
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    ramps = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], -1).round().astype(np.uint8))
+    ramps = np.full((height, width, 3), 255, dtype=np.uint8)  # a photograph may have many megapixels
+    ramps[..., 0] = np.linspace(0, 255, width).round()
+    ramps[..., 1] = np.linspace(0, 255, height).round()[:, None]
     try:
-        made = rules(images=ramps, return_tensors="pt")
+        made = rules(images=Image.fromarray(ramps), return_tensors="pt")
         pixels = made["pixel_values" if "pixel_values" in made else "pixel_values_images"]
     except Exception:  # a processor of the user's own
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 import transformers as hf
 from tests.families import DECODER, FAMILIES, N_LAYERS, inputs, spread_weights
 from tests.reference.checks import build_once
-from tests.reference.meters import Syncs, flops, peak_memory
+from tests.reference.meters import flops, peak_memory
 from tests.reference.plans import Fixed, KeepAll, TopOfLast, Watch, draw_removed
 from torch.nn.functional import pad
 
 import foveate
 from foveate.engine.compat import CACHE_NAME, returned_cache
+from foveate.measure.launches import Launches
 from foveate.reduction import TapSpec
 
 LENGTH, VISUAL = 600, slice(20, 580)
@@ -128,15 +130,15 @@ def test_the_host_waits_once_per_stage_and_never_while_decoding(name: str, taps:
     takes_mask = not hasattr(model.base_model, "get_rope_index")
     mask = {"attention_mask": pad(prompt["attention_mask"], (0, 1), value=1)} if takes_mask else {}
 
-    def waits() -> tuple[Syncs, Syncs]:
-        with Syncs() as prefill:
+    def waits() -> tuple[Counter[str], Counter[str]]:
+        with Launches() as prefill:
             cache = returned_cache(model(**prompt, use_cache=True))
-        with Syncs() as step:
+        with Launches() as step:
             model(input_ids=prompt["input_ids"][:, -1:], **mask, **{CACHE_NAME: cache})
-        return prefill, step
+        return prefill.waits, step.waits
 
     full = waits()
     with foveate.apply(model, reducer):
         reduced = waits()
-    assert reduced[0].total - full[0].total <= len(reducer.stages) + len(taps) + 1, reduced[0].kinds - full[0].kinds
-    assert reduced[1].total <= full[1].total, reduced[1].kinds - full[1].kinds
+    assert reduced[0].total() - full[0].total() <= len(reducer.stages) + len(taps) + 1, reduced[0] - full[0]
+    assert reduced[1].total() <= full[1].total(), reduced[1] - full[1]

@@ -24,7 +24,7 @@ def slow(features: torch.Tensor, left: list[int], wanted: int, per_round: int, c
 @pytest.mark.parametrize("matrix", [True, False])
 def test_rounds(canonical: bool, matrix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not matrix:
-        monkeypatch.setattr(op, "_LARGEST_MATRIX", 1)
+        monkeypatch.setattr(op, "BLOCK", 1)
     features = torch.randn(4, 60, 8, generator=torch.Generator().manual_seed(0))
     lengths, wanted = ([60, 41, 7, 30], [11, 6, 7, 1]) if canonical else ([60, 42, 8, 30], [11, 6, 8, 9])
     order = torch.stack([torch.randperm(60, generator=torch.Generator().manual_seed(i)) for i in range(4)])

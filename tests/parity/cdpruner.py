@@ -32,7 +32,8 @@ def check(path: Path) -> None:
         cosines = normalize(crops, dim=-1) @ normalize(golden["text_embeds"], dim=-1).T
         return torch.zeros(1, length).masked_scatter(view.visual, -cosines.mean(-1))
 
-    image = SimpleNamespace(row=0, blocks=[SimpleNamespace(slots=part, grid=(1, tokens)) for part in slots])
+    parts = [SimpleNamespace(slots=part, grid=(1, tokens)) for part in slots]
+    image = SimpleNamespace(row=0, slots=slots.flatten(), blocks=parts)
     index = torch.where(visual, 0, -1)
     layout = SimpleNamespace(images=[[image]], image_index=index, image_counts=torch.ones(1, dtype=torch.long))
     everything = torch.ones_like(visual)

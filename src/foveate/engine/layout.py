@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..ops.host import to_device
 from .families.images import Piece, plan
 from .families.layout_inputs import LayoutInputs, Run, runs_of
 
@@ -76,7 +77,7 @@ class ImageLayout:
 
 
 class Layout:
-    """Where the patches of a batch are. Worked out when first asked for, at a few device syncs; free until then.
+    """Where the patches of a batch are. Worked out when first asked for, at one device sync; free until then.
 
     Attributes:
         numbered: whether the caller numbered the images and videos himself.
@@ -101,12 +102,12 @@ class Layout:
         for row, images in enumerate(self.images):
             for number, image in enumerate(images):
                 index[row, image.slots] = number
-        return index.to(self._visual.device)
+        return to_device(index, self._visual.device)
 
     @cached_property
     def image_counts(self) -> Tensor:
         """(B,) long, on the device of the model: images in each row; a video counts as one."""
-        return torch.tensor([len(images) for images in self.images], device=self._visual.device)
+        return to_device([len(images) for images in self.images], self._visual.device)
 
     @property
     def known(self) -> bool:

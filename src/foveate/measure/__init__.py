@@ -3,6 +3,7 @@
 * `flops`, `vision_flops`, `geometry`: FLOPs and KV bytes, of the decoder and of a whole prefill, tower included;
   `schedule`: the tokens that a method leaves in each layer.
 * `bench`: methods against the unreduced model, interleaved; `latency` and `memory` are its instruments.
+* `launches`: kernels launched and waits of the host, of a run and of a method's choice.
 * `random_models`, `prompt`: models of real geometry with random weights, prompts of a wanted length.
 """
 

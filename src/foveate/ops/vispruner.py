@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .select import index_mask, true_indices
+from .host import BLOCK, to_device, to_host
+from .select import index_mask
 
 __all__ = ["remove_duplicates"]
 
-_LARGEST_MATRIX = 4096
-"""Tokens up to which all cosines are computed at once; above, only those of a round."""
-
-
-def _pairs(units: Tensor, cosines: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Cosines of the tokens `left` (I, a) and `right` (I, b): (I, a, b)."""
-    if cosines is not None:
-        cells = (left[:, :, None] * units.shape[1] + right[:, None]).flatten(1)
-        return cosines.flatten(1).gather(1, cells).view(*left.shape, right.shape[1])
-    sample = torch.arange(len(units), device=units.device)[:, None]
-    return units[sample, left] @ units[sample, right].transpose(1, 2)
+_NEIGHBOURS = 32
+"""Nearest neighbours of each token that are listed; what is beyond them is looked up only where it decides."""
+_FIRST = 8
+"""Those of them that are looked at first."""
 
 
 def remove_duplicates(
@@ -29,7 +26,9 @@ def remove_duplicates(
     """Bring the listed tokens of every sample down to `wanted`, always removing those most similar to a neighbour.
 
     In a round the tokens at even places of the list are compared with those at odd places, and of the former the ones
-    with the largest cosine go, `per_round` at most.
+    with the largest cosine go, `per_round` at most. The rounds are run on the host, on the nearest neighbours of each
+    token. Up to `BLOCK` tokens everything is handed over with one wait; of more, the neighbours are found on the device
+    in blocks of rows, anew whenever half of the tokens have gone, and N x N cosines are never held.
 
     Source: VisPruner, arXiv 2412.01818; Theia-4869/VisPruner @ aefa01ad, `encode_images`.
 
@@ -50,39 +49,101 @@ def remove_duplicates(
         ValueError: `canonical=False` with an odd number of tokens at the start of a round, or fewer comparisons than
             tokens to remove: the official code fails.
     """
-    samples, tokens = features.shape[:2]
-    most = per_round if isinstance(per_round, Tensor) else torch.full_like(counts, per_round)
-    have, then, at_most = torch.stack([counts, wanted, most]).tolist()
-    if not any(then):
-        return torch.zeros(samples, tokens, dtype=torch.bool, device=features.device)
+    tokens = features.shape[1]
     units = normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    cosines = units @ units.transpose(1, 2) if tokens <= _LARGEST_MATRIX else None
-    order = torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, tokens)
-    while any(n > w for n, w in zip(have, then)):
-        gone = [max(min(m, n - w, (n + 1) // 2), 0) for n, w, m in zip(have, then, at_most)]
-        goes = torch.minimum(torch.minimum(most, counts - wanted), (counts + 1) // 2).clamp_min(0)
-        if not canonical:
-            wrong = [n for n, w, m in zip(have, then, at_most) if n > w and (n % 2 or n // 2 < min(m, n - w))]
-            if wrong:
-                raise ValueError(f"{wrong[0]} tokens cannot be compared pair by pair")
-        even, odd = order[:, ::2], order[:, 1::2]
-        similar = _pairs(units, cosines, even.clamp_max(tokens - 1), odd.clamp_max(tokens - 1))
-        if not odd.shape[1]:  # a single token: nothing to compare it with, it goes
-            similar = units.new_zeros(*even.shape, 1)
-        else:
-            similar = similar.masked_fill((odd == tokens)[:, None], -2.0)
-        best = similar.amax(2).masked_fill(even == tokens, -torch.inf)
-        ranking = best.argsort(dim=1, descending=True, stable=True)
-        removed = torch.arange(even.shape[1], device=order.device) < goes[:, None]
-        left = even.gather(1, ranking).masked_fill(removed, tokens)
-        have = [n - g for n, g in zip(have, gone)]
-        # A sample that is done keeps its list; its padding is at the end already.
-        done = (goes == 0)[:, None]
-        counts = counts - goes
-        new = torch.cat([left, odd], 1)
+    most = per_round if isinstance(per_round, Tensor) else torch.full_like(counts, per_round)
+    handed = [torch.stack([counts, wanted, most], 1), order]
+    if tokens <= BLOCK:
+        cosines = units @ units.transpose(1, 2)
+        listed = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+        alive = index_mask(torch.where(listed, order, -1), tokens)
+        values, near = cosines.masked_fill(~alive[:, None], -torch.inf).topk(min(_NEIGHBOURS, tokens), dim=2)
+        handed += [near, values, cosines]
+    facts, order_, *rest = to_host(*handed)
+    kept = np.zeros((len(units), tokens), bool)
+    for row, (count, left, at_most) in enumerate(facts.tolist()):
+        if left:
+            source = _Handed(*(part[row] for part in rest)) if rest else _OnDevice(units[row])
+            kept[row, _rounds(order_[row, :count], left, at_most, source, canonical)] = True
+    return to_device(kept, features.device)
+
+
+@dataclass
+class _Handed:
+    """Nearest neighbours (N, k) of each token, how similar they are, and all cosines (N, N)."""
+
+    near: np.ndarray
+    values: np.ndarray
+    cosines: np.ndarray
+
+    def left(self, tokens: np.ndarray) -> None:
+        """These are left: lists of neighbours in which most are gone are of no use."""
+
+    def best(self, tokens: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """The largest cosine of each of some tokens to one of others."""
+        return self.cosines[np.ix_(tokens, others)].max(1)
+
+
+class _OnDevice:
+    """The same, of features (N, C) that stay where they are."""
+
+    def __init__(self, units: Tensor):
+        self.units, self.listed = units, 0
+
+    def left(self, tokens: np.ndarray) -> None:
+        if self.listed and 2 * len(tokens) > self.listed:
+            return
+        self.listed = len(tokens)
+        units = self.units[to_device(tokens, self.units.device)]
+        count = min(_NEIGHBOURS, len(tokens))
+        found = [(part @ units.T).topk(count, dim=1) for part in units.split(BLOCK)]
+        near, values = to_host(*(torch.cat([getattr(f, name) for f in found]) for name in ("indices", "values")))
+        self.near = np.zeros((len(self.units), count), np.int64)
+        self.values = np.zeros((len(self.units), count), values.dtype)
+        self.near[tokens], self.values[tokens] = tokens[near], values
+
+    def best(self, tokens: np.ndarray, others: np.ndarray) -> np.ndarray:
+        mine, theirs = (self.units[to_device(part, self.units.device)] for part in (tokens, others))
+        return to_host((mine @ theirs.T).amax(1))[0]
+
+
+def _rounds(left: np.ndarray, wanted: int, per_round: int, source: _Handed | _OnDevice, canonical: bool) -> np.ndarray:
+    """The tokens that are left of a list."""
+    while len(left) > wanted:
+        number = len(left)
+        goes = min(per_round, number - wanted)
+        if not canonical and (number % 2 or number // 2 < goes):
+            raise ValueError(f"{number} tokens cannot be compared pair by pair")
+        goes = min(goes, (number + 1) // 2)
+        source.left(left)
+        even, odd = left[::2], left[1::2]
+        ranking = np.argsort(-_most_similar(even, odd, goes, source, canonical), kind="stable")
+        left = np.concatenate([even[ranking[goes:]], odd])
         if canonical:
-            new = new.sort(1).values
-        else:
-            new = new.gather(1, true_indices(new != tokens, new.shape[1], align="left")[0])
-        order = torch.where(done, order, new)[:, : max(have)]
-    return index_mask(order, tokens)
+            left.sort()
+    return left
+
+
+def _most_similar(
+    even: np.ndarray, odd: np.ndarray, goes: int, source: _Handed | _OnDevice, canonical: bool
+) -> np.ndarray:
+    """The largest cosine of each even token to an odd one; -inf for what is certainly not among the `goes` largest."""
+    if not len(odd):  # a single token: nothing to compare it with, it goes
+        return np.zeros(len(even))
+    there = np.zeros(len(source.near), bool)
+    there[odd] = True
+    best = np.full(len(even), -np.inf, source.values.dtype)
+    open_ = np.arange(len(even))
+    for columns in (slice(_FIRST), slice(None)):  # of most, one of the first few is odd
+        hit = there[source.near[even[open_], columns]]
+        at = hit.argmax(1)
+        found = hit[np.arange(len(at)), at]
+        best[open_[found]] = source.values[even[open_[found]], at[found]]
+        open_ = open_[~found]
+    if canonical and len(open_):  # they are no more similar than the last of their neighbours
+        last = len(even) - goes
+        least = np.partition(best, last)[last]
+        open_ = open_[source.values[even[open_], -1] >= least]
+    if len(open_):
+        best[open_] = source.best(even[open_], odd)
+    return best

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from ..ops.host import to_device
 from ..ops.select import ranks_within
 from ..reduction import Budget, Patches, Positions, View
 
@@ -26,25 +29,24 @@ __all__ = [
 ]
 
 
-def _grouped(rows: Tensor, slots: Tensor, group: Tensor) -> Patches:
-    """Collect (row, slot) pairs (M,) of the same group, in the order in which they are given."""
-    order = group.argsort(stable=True)
-    rows, slots = rows[order], slots[order]
-    _, member, lengths = group[order].unique_consecutive(return_inverse=True, return_counts=True)
-    starts = lengths.cumsum(0) - lengths
-    place = torch.arange(len(slots), device=slots.device) - starts[member]
-    table = slots.new_full((len(lengths), int(lengths.max()) if len(lengths) else 0), -1)
-    table[member, place] = slots
-    return Patches(rows[starts], table, torch.zeros(len(lengths), 2, dtype=torch.long, device=slots.device))
+def _table(rows: list[int], slots: list[Tensor], grids: list[tuple[int, int]], device: torch.device) -> Patches:
+    """Blocks whose slots (n,) are known on the host."""
+    table = pad_sequence(slots, batch_first=True, padding_value=-1) if slots else torch.empty(0, 0, dtype=torch.long)
+    facts = torch.tensor([(row, *grid) for row, grid in zip(rows, grids)], dtype=torch.long).view(-1, 3)
+    facts, table = to_device(facts, device), to_device(table, device)
+    return Patches(facts[:, 0], table, facts[:, 1:])
 
 
 def by_image(view: View) -> Patches:
-    """Visual tokens that are still there, one block per image (learnt row ends included), slots ascending."""
-    rows, slots = view.active_visual.nonzero(as_tuple=True)
+    """Visual tokens, one block per image (learnt row ends included), slots ascending; -1 for those that are gone."""
     if view.layout is None:
-        return _grouped(rows, slots, rows)
-    image = view.layout.image_index[rows, slots]
-    return _grouped(rows, slots, rows * (view.active.shape[1] + 1) + image)
+        slots = torch.arange(view.active.shape[1], device=view.active.device)
+        rows = torch.arange(len(view.active), device=slots.device)
+        return Patches(rows, torch.where(view.active_visual, slots, -1), slots.new_zeros(len(rows), 2))
+    images = [image for images in view.layout.images for image in images]
+    found = _table([i.row for i in images], [i.slots for i in images], [(0, 0)] * len(images), view.active.device)
+    there = found.valid & view.active[found.rows[:, None], found.slots.clamp_min(0)]
+    return replace(found, slots=torch.where(there, found.slots, -1))
 
 
 def by_block(view: View) -> Patches:
@@ -52,14 +54,8 @@ def by_block(view: View) -> Patches:
     if view.layout is None:
         return by_image(view)
     blocks = [(image.row, block) for images in view.layout.images for image in images for block in image.blocks]
-    device = view.visual.device
-    longest = max((len(block.slots) for _, block in blocks), default=0)
-    slots = torch.full((len(blocks), longest), -1)
-    for i, (_, block) in enumerate(blocks):
-        slots[i, : len(block.slots)] = block.slots
-    rows = torch.tensor([row for row, _ in blocks], dtype=torch.long)
-    grids = torch.tensor([block.grid for _, block in blocks], dtype=torch.long).view(-1, 2)
-    return Patches(rows.to(device), slots.to(device), grids.to(device))
+    slots, grids = [block.slots for _, block in blocks], [block.grid for _, block in blocks]
+    return _table([row for row, _ in blocks], slots, grids, view.visual.device)
 
 
 def can_renumber(anatomy: Anatomy) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,19 +46,17 @@ class Blocks:
     Attributes:
         view: what the method was shown.
         patches: by vision layer, as read; slots of tokens that are gone already are -1.
-        image: (I,) long, number of the image that a block belongs to.
-        budget: (images,) tokens of each image that may stay, None without a budget.
-        image_of_slot: (B, S) long, number of the image at each slot.
+        quota: tokens of each image that may stay; None: any number.
+        single: every image is one block, and all its tokens are patches: known without asking the device.
     """
 
     view: View
     patches: dict[int, Patches]
-    image: Tensor
-    image_of_slot: Tensor
-    budget: Tensor | None
+    quota: Budget | None
+    single: bool
 
     @classmethod
-    def of(cls, view: View, budget: Budget | None) -> Blocks:
+    def of(cls, view: View, quota: Budget | None) -> Blocks:
         """Read a view.
 
         Raises:
@@ -65,22 +64,40 @@ class Blocks:
         """
         if not view.vision:
             raise UnsupportedError("the vision tower did not run in this call: give pixel_values, not image features")
-        batch, length = view.active.shape
-        row = torch.arange(batch, device=view.active.device)[:, None].expand(-1, length)
-        inside = view.layout.image_index.clamp_min(0) if view.layout is not None else torch.zeros_like(row)
-        number = row * (length + 1) + inside  # more images than slots there are not
-        patches = {}
+        patches, there = {}, view.active_visual
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, read in view.vision.items():
-            there = read.valid & view.active_visual[read.rows.clamp_min(0)[:, None], read.slots.clamp_min(0)]
-            patches[layer] = replace(read, rows=read.rows.clamp_min(0), slots=torch.where(there, read.slots, -1))
-        any_read = next(iter(patches.values()))
-        image = number[any_read.rows, any_read.slots.amax(1).clamp_min(0)]
-        quota = None
-        if budget is not None:
-            tokens = torch.zeros(batch * (length + 1), dtype=torch.long, device=row.device)
-            tokens = tokens.scatter_add(0, number.flatten(), view.active_visual.flatten().long())
-            quota = budget.per_row(tokens, most=length)
-        return cls(view, patches, image, number, quota)
+            if id(read.slots) not in seen:
+                rows = read.rows.clamp_min(0)
+                alive = read.valid & there[rows[:, None], read.slots.clamp_min(0)]
+                seen[id(read.slots)] = rows, torch.where(alive, read.slots, -1)
+            rows, slots = seen[id(read.slots)]
+            patches[layer] = replace(read, rows=rows, slots=slots)
+        blocks = next(iter(patches.values()))
+        images = -1 if view.layout is None else sum(map(len, view.layout.images))
+        return cls(view, patches, quota, blocks.complete and len(blocks.rows) == images)
+
+    @cached_property
+    def image_of_slot(self) -> Tensor:
+        """(B, S) long, number of the image at each slot."""
+        view = self.view
+        batch, length = view.active.shape
+        first = torch.arange(batch, device=view.active.device)[:, None] * (length + 1)  # no more images than slots
+        return first.expand(-1, length) if view.layout is None else first + view.layout.image_index.clamp_min(0)
+
+    @cached_property
+    def image(self) -> Tensor:
+        """(I,) long, number of the image that a block belongs to."""
+        return self.image_of_slot[self.any.rows, self.any.slots.amax(1).clamp_min(0)]
+
+    @cached_property
+    def budget(self) -> Tensor:
+        """(images,) tokens of each image that may stay."""
+        assert self.quota is not None
+        batch, length = self.view.active.shape
+        tokens = torch.zeros(batch * (length + 1), dtype=torch.long, device=self.view.active.device)
+        tokens = tokens.scatter_add(0, self.image_of_slot.flatten(), self.view.active_visual.flatten().long())
+        return self.quota.per_row(tokens, most=length)
 
     @property
     def any(self) -> Patches:
@@ -92,10 +109,17 @@ class Blocks:
         """(I, N) bool."""
         return self.any.valid
 
+    @cached_property
+    def size(self) -> Tensor:
+        """(I,) tokens of each block that are still there."""
+        return self.valid.sum(1)
+
     def shares(self) -> Tensor:
         """(I,) tokens of each block that stay, in proportion to its size; they sum to the budget of the image."""
-        assert self.budget is not None
-        size = self.valid.sum(1)
+        assert self.quota is not None
+        size = self.size
+        if self.single:
+            return self.quota.per_row(size, most=self.valid.shape[1])
         together = torch.zeros_like(self.budget).scatter_add(0, self.image, size)[self.image]
         whole = torch.minimum(self.budget[self.image], together)
         share, remainder = whole * size // together.clamp_min(1), whole * size % together.clamp_min(1)
@@ -104,6 +128,21 @@ class Blocks:
         number = torch.arange(len(size), device=size.device)
         ahead = (remainder > remainder[:, None]) | ((remainder == remainder[:, None]) & (number < number[:, None]))
         return share + ((ahead & same).sum(1) < missing).long()
+
+    def most(self, counts: Tensor, of: Callable[[int], int] = int) -> int:
+        """A bound of `counts` (I,), the shares of the blocks or `of` them, which grows with them.
+
+        Where every image is one block it is known without asking the device.
+        """
+        if not self.single or self.quota is None:
+            return int(counts.max()) if len(counts) else 0
+        return of(self.quota.of(self.valid.shape[1]))
+
+    @property
+    def per_row(self) -> int:
+        """Blocks in a row, at most."""
+        assert self.view.layout is not None or not self.single
+        return max(map(len, self.view.layout.images)) if self.single else len(self.any.rows)  # type: ignore[union-attr]
 
     def attention(self, layer: int) -> Tensor:
         """(I, N) float32, mean over the heads."""
@@ -117,14 +156,16 @@ class Blocks:
 
     def keep(self, kept: Tensor) -> Tensor:
         """(B, S) bool: text, the patches that stay (I, N), and learnt row ends as far as the budget is not used up."""
-        view, stays = self.view, self.per_slot(kept.float()) > 0
-        if self.budget is not None:
-            used = torch.zeros_like(self.budget).scatter_add(0, self.image, self.valid.sum(1))
+        view, stays = self.view, self.per_slot(kept)
+        if self.quota is not None and not self.any.complete:
+            used = torch.zeros_like(self.budget).scatter_add(0, self.image, self.size)
             free = (self.budget - used).clamp_min(0)[self.image_of_slot]
-            ends = view.active_visual & (self.per_slot(self.valid.float()) == 0)
-            before = ends.cumsum(1) - ends.long()
-            first = torch.full_like(self.budget, view.active.shape[1])
-            first = first.scatter_reduce(0, self.image_of_slot[ends], before[ends], "amin")
+            ends = view.active_visual & ~self.per_slot(self.valid)
+            before, length = ends.cumsum(1) - ends.long(), view.active.shape[1]
+            first = torch.full_like(self.budget, length)
+            first = first.scatter_reduce(
+                0, self.image_of_slot.flatten(), torch.where(ends, before, length).flatten(), "amin"
+            )
             stays = stays | (ends & (before - first[self.image_of_slot] < free))
         return view.active & (stays | ~view.visual)
 
@@ -156,7 +197,7 @@ def decide_in_place(
     patches = blocks.any
     places = torch.arange(1, merged.numel() + 1, device=merged.device).view_as(merged)
     place = blocks.per_slot(put(torch.zeros_like(owner), merged, places))
-    slots = padded_indices(place > 0, int((place > 0).sum(1).max()))
+    slots = padded_indices(place > 0, min(merged.shape[1] * blocks.per_row, place.shape[1]))
     laid = None
     if slots.numel():
         laid = values.flatten(0, 1)[(place.gather(1, slots.clamp_min(0)) - 1).clamp_min(0)]

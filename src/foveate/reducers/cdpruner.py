@@ -114,6 +114,6 @@ class CDPruner(Reducer):
         sets = blocks if self.faithful else images
         counts = self._shares(images, blocks, view) if self.faithful else counts_per_image(self._budget, images)
         features, weights = take(view.hidden, sets), relevance[sets.rows[:, None], sets.slots.clamp_min(0)]
-        order = determinantal_points(features, weights, sets.valid, counts, int(counts.max()), guard=not self.faithful)
+        order = determinantal_points(features, weights, sets.valid, counts, guard=not self.faithful)
         kept = sets.to_slots(index_mask(order, sets.slots.shape[1]).float(), *view.active.shape) > 0
         return Decision(keep=view.active & (kept | ~view.visual), scores=relevance)

@@ -59,8 +59,7 @@ class DivPrune(Reducer):
         if not len(images.rows):
             return None
         counts = counts_per_image(self._budget, images)
-        features, most = take(view.hidden, images), int(counts.max())
-        order = farthest_points(features, images.valid, counts, most, repeat=self.faithful)
+        order = farthest_points(take(view.hidden, images), images.valid, counts, repeat=self.faithful)
         chosen = index_mask(order, images.slots.shape[1])
         kept = images.to_slots(chosen.float(), *view.active.shape) > 0
         return Decision(keep=view.active & (kept | ~view.visual))

@@ -87,7 +87,7 @@ class FoPru(Reducer):
         return significance(*given, blocks.valid)
 
     def _counts(self, blocks: Blocks, height: Tensor, width: Tensor) -> Tensor:
-        share, size, most = self._budget.keep, blocks.valid.sum(1), blocks.valid.shape[1]
+        share, size, most = self._budget.keep, blocks.size, blocks.valid.shape[1]
         if not self.faithful:
             return blocks.shares()
         if self.strategy == "rank":
@@ -108,5 +108,5 @@ class FoPru(Reducer):
         else:
             kept = top_k_mask(scores, blocks.valid, counts)
         if self.faithful:
-            blocks.budget = None
+            blocks.quota = None
         return Decision(keep=blocks.keep(kept), scores=blocks.per_slot(torch.where(blocks.valid, scores, 0.0)))

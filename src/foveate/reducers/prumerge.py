@@ -101,7 +101,7 @@ class PruMerge(Reducer):
     # ----------------------------------------------------------------------------------------------- mended
     def _choose(self, attention: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Patches that stay (I, N), and in which blocks one more token pools the rest (I,)."""
-        size = blocks.valid.sum(1)
+        size = blocks.size
         outliers = upper_outliers(attention, blocks.valid)
         total = blocks.shares() if self._budget else self._adaptive(outliers, size) + int(self.extra)
         pooled = (total < size) & (total > 1) & self.extra
@@ -122,7 +122,7 @@ class PruMerge(Reducer):
         pruned = valid & ~kept
         key = blocks.patches[self._keys].key
         assert key is not None
-        centres = padded_indices(kept, int(kept.sum(1).max()))
+        centres = padded_indices(kept, blocks.most(kept.sum(1)))
         x, project = states(blocks, self._features)
         merged, column = merge_neighbours(
             x, key.flatten(2), attention, centres, pruned, self.neighbours, self.merge == "mean"

@@ -96,6 +96,10 @@ class VisionZip(Reducer):
         contextual = torch.minimum(torch.full_like(shares, self.contextual), (shares - 1).clamp_min(0))
         return shares - contextual, contextual
 
+    def _contextual(self, share: int) -> int:
+        """Contextual tokens of a block of which `share` tokens stay."""
+        return int(self._counts(torch.tensor(share))[1])
+
     def decide(self, view: View) -> Decision | None:
         blocks = Blocks.of(view, self._budget)
         read = blocks.patches[self._layer]
@@ -108,7 +112,8 @@ class VisionZip(Reducer):
             return self._official(blocks, scores, metric, x, dominant, contextual)
         kept = top_k_mask(scores, blocks.valid, dominant)
         rest = blocks.valid & ~kept
-        targets, assigned = contextual_groups(metric, rest, contextual, int(contextual.max()))
+        most = blocks.most(contextual, self._contextual)
+        targets, assigned = contextual_groups(metric, rest, contextual, most)
         values = merge_into_targets(x, targets, assigned)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         place = targets.gather(1, assigned.clamp_min(0)) if targets.shape[1] else assigned

@@ -87,7 +87,7 @@ class VisPruner(Reducer):
         by_attention = look_up(shares, valid.shape[1], truncated, self.important_ratio)
         important = top_k_mask(scores, valid, by_attention)
         rest = valid & ~important
-        counts, tokens, size = rest.sum(1), valid.shape[1], valid.sum(1)
+        counts, tokens, size = rest.sum(1), valid.shape[1], blocks.size
         if self.faithful:
             order = ranked(scores, rest)
         else:

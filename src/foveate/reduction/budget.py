@@ -98,9 +98,11 @@ def look_up(tokens: Tensor, most: int, function: Callable[..., int], *args: Any)
         (...) long.
     """
     table = _table(function, args, 1 << most.bit_length())
-    return torch.tensor(table, device=tokens.device)[tokens]
+    if tokens.device.type != "cpu":  # the host need not wait for what the device is doing
+        table = table.to(tokens.device, non_blocking=tokens.device.type not in ("mps", "xpu"))
+    return table[tokens]
 
 
 @functools.lru_cache(maxsize=256)
-def _table(function: Callable[..., int], args: tuple[Any, ...], size: int) -> list[int]:
-    return [function(n, *args) for n in range(size)]
+def _table(function: Callable[..., int], args: tuple[Any, ...], size: int) -> Tensor:
+    return torch.tensor([function(n, *args) for n in range(size)])

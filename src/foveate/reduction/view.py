@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -105,6 +106,7 @@ class Patches:
         attention: (I, H, N) float32 over the patches, softmax taken over all tokens of the tower (CLS included).
         key, query: (I, N, H, d).  cls_key: (I, H, d), only with a CLS token.  cls_query: (I, H, d).
         features: (I, N, C).  cls_features: (I, C).
+        complete: every visual slot of the prompt is known to be one of these tokens: there are no learnt row ends.
     """
 
     rows: Tensor
@@ -117,17 +119,21 @@ class Patches:
     cls_key: Tensor | None = None
     cls_query: Tensor | None = None
     cls_features: Tensor | None = None
+    complete: bool = False
+    _places: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def valid(self) -> Tensor:
         """(I, N) bool."""
         return self.slots >= 0
 
     def to_slots(self, values: Tensor, batch: int, length: int) -> Tensor:
         """Spread per-token values (I, N) over the slots of the prompt: (batch, length), 0 where no token is."""
-        index = torch.where(self.valid, self.rows[:, None] * length + self.slots, batch * length)
+        if (batch, length) not in self._places:
+            place = torch.where(self.valid, self.rows[:, None] * length + self.slots, batch * length)
+            self._places[batch, length] = place.reshape(-1)
         out = values.new_zeros(batch * length + 1)
-        return out.scatter(0, index.reshape(-1), values.reshape(-1))[:-1].view(batch, length)
+        return out.scatter(0, self._places[batch, length], values.reshape(-1))[:-1].view(batch, length)
 
 
 @dataclass

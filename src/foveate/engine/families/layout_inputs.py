@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...ops.host import host_copies
+
 if TYPE_CHECKING:
     from .parts import Anatomy
 
-__all__ = ["THUMB", "LayoutInputs", "Run", "modality", "runs_of"]
+__all__ = ["THUMB", "LayoutInputs", "Run", "modality", "on_host", "runs_of"]
 
 _PLACED_BY_PIXELS = ("internvl", "aya_vision", "cohere2_vision")
 _OF_IMAGES = ("image_grid_thw", "pixel_values", "image_features")
 _OF_VIDEOS = ("video_grid_thw", "pixel_values_videos", "video_features")
+_NAMES = (
+    "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images",
+    "image_merge_sizes", "video_merge_sizes", "video_compression_mask", "spatial_shapes", "target_sizes",
+    "downsample_mode",
+)  # fmt: skip
+"""Inputs that say what fills the visual slots."""
 THUMB = 16
 """Pixels per side to which tiles are shrunk, to compare them with the thumbnail."""
 
@@ -53,21 +61,7 @@ class LayoutInputs:
     @classmethod
     def of(cls, anatomy: Anatomy, visual: Tensor, info: dict[str, Any], items: Tensor | None = None) -> LayoutInputs:
         """Take what is needed out of `info`; no device sync."""
-        names = (
-            "input_ids",
-            "mm_token_type_ids",
-            "image_grid_thw",
-            "video_grid_thw",
-            "image_sizes",
-            "batch_num_images",
-            "image_merge_sizes",
-            "video_merge_sizes",
-            "video_compression_mask",
-            "spatial_shapes",
-            "target_sizes",
-            "downsample_mode",
-        )
-        kept = {name: info[name] for name in names if info.get(name) is not None}
+        kept = {name: info[name] for name in _NAMES if info.get(name) is not None}
         kept |= {name: True for name in (*_OF_IMAGES, *_OF_VIDEOS) if name not in kept and info.get(name) is not None}
         thumbs = None
         if getattr(anatomy.config, "model_type", "") in _PLACED_BY_PIXELS:
@@ -82,11 +76,11 @@ class LayoutInputs:
         return cls(anatomy, visual, kept, of_images, thumbs, of_videos, frames, oblong, items)
 
     def on_cpu(self, visual: Tensor) -> LayoutInputs:
-        """The same with all tensors on the CPU (the device syncs of a layout)."""
-        info = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in self.info.items()}
+        """The same with all tensors on the CPU (the device sync of a layout)."""
+        visual, info = on_host(visual, self.info)
         thumbs = None if self.thumbs is None else self.thumbs.cpu()
         items = None if self.items is None else self.items.cpu()
-        return replace(self, visual=visual.cpu(), info=info, thumbs=thumbs, items=items)
+        return replace(self, visual=visual, info=info, thumbs=thumbs, items=items)
 
     @property
     def rows(self) -> int:
@@ -107,6 +101,13 @@ class LayoutInputs:
     def of_prompt(self, name: str) -> Tensor | None:
         """A (B, S) tensor of the inputs, cut to the prompt; None if it is absent or of another shape."""
         return _cut_to(self.visual, self.info.get(name))
+
+
+def on_host(visual: Tensor, info: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The visual slots (B, S), and the inputs that say what fills them, on the CPU: one copy, made once in a pass."""
+    named = {name: info[name] for name in _NAMES if isinstance(info.get(name), Tensor)}
+    visual, *copies = host_copies(visual, *named.values())
+    return visual, {**info, **dict(zip(named, copies))}
 
 
 def modality(anatomy: Anatomy, visual: Tensor, info: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ...ops.bipartite import Merging
+from ...ops.host import to_device
 from ...ops.select import gather_tokens
 from ...reduction import UnsupportedError
 from ..decoder.taps import in_backward, tap_attention
+from ..families.layout_inputs import on_host
 from ..families.parts import Anatomy
 from ..families.tower import square_plan
 from ..families.tower_layers import attention_modules, check_mergeable, layer_of, norm_and_mlp
@@ -337,7 +339,7 @@ class TowerReduction(Shared):
         height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
         rows, columns = self.spec.grid(height, width)
         y, x = torch.arange(height) * rows // height, torch.arange(width) * columns // width
-        place = (y[:, None] * columns + x).reshape(-1).to(pixels.device)
+        place = to_device((y[:, None] * columns + x).reshape(-1), pixels.device)
         if self.class_token:
             place = torch.cat([place.new_zeros(1), place + 1])
         place = place.expand(len(pixels), -1)
@@ -384,6 +386,7 @@ class TowerReduction(Shared):
         place = torch.cat(self.maps)
         labels = place + torch.arange(len(place), device=place.device)[:, None] * place.shape[1] + 1
         labels = labels[:, int(self.class_token) :]
+        slots, info = on_host(visual, info)
         plan = square_plan(anatomy, labels.shape[0], labels.shape[1], info)
         merged = plan.merge(labels[..., None].float())
         if len(merged) != labels.numel():
@@ -391,7 +394,7 @@ class TowerReduction(Shared):
                 f"{type(anatomy.model).__name__} makes one visual token of several patches: nothing can be taken away "
                 "in its tower; merge after it (where='output')"
             )
-        patches = _lay(plan, {"features": labels[..., None].float()}, {}, visual)
+        patches = _lay(plan, {"features": labels[..., None].float()}, {}, slots, visual.device)
         assert patches.features is not None
         return patches.to_slots(patches.features[..., 0], *visual.shape).long() - 1
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...ops.attention import attention_received, attention_rows
+from ...ops.host import to_device, to_host
 from ...reduction import Patches, UnsupportedError, VisionSpec
 from ..decoder.taps import tap_attention
-from ..families.layout_inputs import modality
+from ..families.layout_inputs import modality, on_host
 from ..families.parts import Anatomy
 from ..families.streams import TowerPlan
 from ..families.tower import check_feature_layer, check_traceable, class_token_last, is_stream, plan_tower
@@ -44,7 +45,8 @@ class _Reading:
 
     def joined(self, stream: bool) -> dict[str, Tensor]:
         """(I, N, ...) each; a stream is one block of all tokens."""
-        return {name: torch.cat(parts, 1 if stream else 0) for name, parts in self.parts.items() if parts}
+        axis = 1 if stream else 0
+        return {n: parts[0] if len(parts) == 1 else torch.cat(parts, axis) for n, parts in self.parts.items() if parts}
 
 
 class VisionReader(Shared):
@@ -151,6 +153,7 @@ class VisionReader(Shared):
         if not self._readings:
             return {}
         check_feature_layer(self.anatomy, info)
+        device, (visual, info) = visual.device, on_host(visual, info)
         kinds = sorted({video for video, _ in self._readings})
         slots = dict(zip((False, True), modality(self.anatomy, visual, info))) if len(kinds) > 1 else {kinds[0]: visual}
         out: dict[int, list[Patches]] = {}
@@ -166,7 +169,7 @@ class VisionReader(Shared):
                 parts = {name: value[:, patches] for name, value in parts.items()}
             blocks, tokens = next(iter(parts.values())).shape[:2]
             plan = plan_tower(self.anatomy, blocks, tokens, info, video)
-            out.setdefault(layer, []).append(_lay(plan, parts, cls, slots[video]))
+            out.setdefault(layer, []).append(_lay(plan, parts, cls, slots[video], device))
         return {layer: _joined(found) for layer, found in out.items()}
 
     def projector(self, patches: dict[int, Patches], hidden: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -180,8 +183,9 @@ class VisionReader(Shared):
         read = next((p for p in patches.values() if p.features is not None), None)
         if module is None or read is None or read.features is None:
             return None
-        block, token = (int(i) for i in read.valid.nonzero()[0])
-        row, slot = int(read.rows[block]), int(read.slots[block, token])
+        rows, places = to_host(read.rows, read.slots)
+        block, token = (int(i[0]) for i in (places >= 0).nonzero())
+        row, slot = int(rows[block]), int(places[block, token])
         found, entered = None, hidden[row, slot].float()
         with contextlib.suppress(RuntimeError, TypeError, ValueError), torch.no_grad():
             projected = module(read.features[block, token][None, None])[0, 0]
@@ -193,37 +197,47 @@ class VisionReader(Shared):
         return found
 
 
-def _lay(plan: TowerPlan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: Tensor) -> Patches:
-    device = visual.device
-    index = plan.index.to(device)
-    filled = visual.sum().item()
-    copies = int(filled) // plan.features if plan.features else 0
+def _lay(
+    plan: TowerPlan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: Tensor, device: torch.device
+) -> Patches:
+    """Quantities of the tower by visual slot (B, S), which is on the CPU; the result is on `device`."""
+    index, filled = plan.index.cpu(), int(visual.sum())
+    copies = filled // plan.features if plan.features else 0
     if copies * plan.features != filled or not copies or visual.shape[0] % copies:
-        raise UnsupportedError(
-            f"{plan.features} visual features were read, but the prompt has {int(filled)} visual slots"
-        )
+        raise UnsupportedError(f"{plan.features} visual features were read, but the prompt has {filled} visual slots")
     rows, slots = [], []
     for copy in range(copies):  # beams and return sequences repeat each row, but the images were encoded once
         places = visual[copy::copies].nonzero()
         row, slot = places[:, 0] * copies + copy, places[:, 1]
         if plan.feature is not None:
-            feature = plan.feature.to(device)
+            feature = plan.feature.cpu()
             row, slot = row[feature.clamp_min(0)], torch.where(feature >= 0, slot[feature.clamp_min(0)], -1)
         laid = torch.where(index >= 0, slot[index.clamp_min(0)], -1)
         rows.append(torch.where(laid >= 0, row[index.clamp_min(0)], -1).amax(1))
         slots.append(laid)
-    values = {}
+    whole = bool((index.flatten() == torch.arange(index.numel())).all())  # the order of the tower, without padding
+    missing = None if bool((index >= 0).all()) else to_device(index < 0, device)
+    there = None if whole else to_device(index.clamp_min(0), device)
+
+    def repeated(value: Tensor) -> Tensor:
+        return value if copies == 1 else value.repeat(copies, *([1] * (value.dim() - 1)))
+
+    values: dict[str, Any] = {}
     for name, part in parts.items():
         merged = plan.merge(part).to(device)
-        value = merged[index.clamp_min(0)]
-        value = value.masked_fill((index < 0).reshape(*index.shape, *([1] * (value.dim() - 2))), 0)
-        values[name] = value.repeat(copies, *([1] * (value.dim() - 1)))
+        value = merged.unflatten(0, index.shape) if there is None else merged[there]
+        if missing is not None:
+            value = value.masked_fill(missing.view(*index.shape, *([1] * (value.dim() - 2))), 0)
+        values[name] = repeated(value)
     if "attention" in values:
         values["attention"] = values["attention"].transpose(1, 2)
-    extra = {
-        f"cls_{n}": v.to(device).repeat(copies, *([1] * (v.dim() - 1))) for n, v in cls.items() if n != "attention"
-    }
-    return Patches(torch.cat(rows), torch.cat(slots), plan.grid.to(device).repeat(copies, 1), **values, **extra)
+    extra: dict[str, Any] = {f"cls_{n}": repeated(v.to(device)) for n, v in cls.items() if n != "attention"}
+    grid = to_device(plan.grid, device) if plan.grid.device.type == "cpu" else plan.grid
+    row, slot = torch.cat(rows), torch.cat(slots)
+    complete = int((slot >= 0).sum()) == filled
+    return Patches(
+        to_device(row, device), to_device(slot, device), repeated(grid), complete=complete, **values, **extra
+    )
 
 
 def _joined(found: list[Patches]) -> Patches:
@@ -248,4 +262,5 @@ def _joined(found: list[Patches]) -> Patches:
     return Patches(
         whole("rows"), slots, whole("grid"), padded("attention", 2, 0), padded("key", 1, 0), padded("query", 1, 0),
         padded("features", 1, 0), whole("cls_key"), whole("cls_query"), whole("cls_features"),
+        all(part.complete for part in found),
     )  # fmt: skip

@@ -53,6 +53,8 @@ class Tagged(torch.Tensor):
         return f"Tagged({self.tag}, {self.inner})"
 
     def tolist(self):
+        if torch._C._len_torch_function_stack():  # whoever counts what the host waits for sees it
+            return super().tolist()
         return self.inner.tolist()
 
     @classmethod

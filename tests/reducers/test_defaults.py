@@ -166,7 +166,8 @@ def crops(tiles: int, tokens: int, newline: bool = False) -> tuple[Tensor, Any]:
     slots = 2 + torch.arange(tiles * tokens).view(tiles, tokens)
     visual = torch.zeros(1, length, dtype=torch.bool)
     visual[0, 2 : length - 3] = True
-    image = SimpleNamespace(row=0, blocks=[SimpleNamespace(slots=part, grid=(1, tokens)) for part in slots])
+    parts = [SimpleNamespace(slots=part, grid=(1, tokens)) for part in slots]
+    image = SimpleNamespace(row=0, slots=visual[0].nonzero()[:, 0], blocks=parts)
     index = torch.where(visual, 0, -1)
     return visual, SimpleNamespace(images=[[image]], image_index=index, image_counts=torch.ones(1, dtype=torch.long))
 

@@ -17,6 +17,7 @@ _NOISE = 1e-6
 """Of the largest variance: what is below is taken for rounding errors."""
 
 
+@torch.no_grad()
 def determinantal_points(
     features: Tensor, relevance: Tensor, valid: Tensor, counts: Tensor, guard: bool = True
 ) -> Tensor:

@@ -21,6 +21,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(a.new_ones(1, 1, 1), a, b.transpose(1, 2), alpha=-1)
 
 
+@torch.no_grad()
 def farthest_points(features: Tensor, valid: Tensor, counts: Tensor, repeat: bool = False) -> Tensor:
     """Greedy max-min selection by cosine distance.
 

@@ -30,9 +30,11 @@ def to_host(*tensors: Tensor) -> list[np.ndarray]:
     tensors = tuple(tensor.detach() for tensor in tensors)
     if tensors[0].device.type == "cpu":
         return [tensor.numpy() for tensor in tensors]
-    flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    return [part.view(t.dtype).view(t.shape).numpy() for part, t in zip(flat.split(sizes), tensors)]
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # so that all are aligned
+    flat = torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]).cpu()
+    parts = flat.split([tensors[i].numel() * tensors[i].element_size() for i in order])
+    arrays = {i: part.view(tensors[i].dtype).view(tensors[i].shape).numpy() for i, part in zip(order, parts)}
+    return [arrays[i] for i in range(len(tensors))]
 
 
 def to_device(values: Sequence[Any] | np.ndarray | Tensor, device: torch.device) -> Tensor:

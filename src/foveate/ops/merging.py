@@ -8,35 +8,50 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize
 
+from .host import BLOCK, to_device
 from .select import gather_tokens, inverse, ranked, top_k_mask, true_indices
 
 __all__ = ["Matcher", "energy_pairs", "first_of_each", "merge_to_counts", "soft_pairs"]
 
-Matcher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x (I, n, D), valid (I, n) left-aligned, r (I,)) -> tokens that go (I, n) bool, `r` each, and into which (I, n)."""
+Matcher = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x (I, n, D), valid (I, n) left-aligned, r (I,)) -> (I, n), the token that each goes into; `r` go into others."""
 
 
-def soft_pairs(x: Tensor, valid: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def soft_pairs(x: Tensor, valid: Tensor, r: Tensor) -> Tensor:
     """ToMe's bipartite soft matching for ragged samples: even tokens into odd ones. A `Matcher`."""
     units = normalize(x.float(), dim=-1)
     scores = units[:, ::2] @ units[:, 1::2].transpose(1, 2)
-    best, into = scores.masked_fill_(~valid[:, None, 1::2], -torch.inf).max(2)
-    source, partner = torch.zeros_like(valid), torch.zeros_like(valid, dtype=torch.long)
-    source[:, ::2], partner[:, ::2] = top_k_mask(best, valid[:, ::2], r), 2 * into + 1
-    return source, partner
+    best, partner = scores.masked_fill_(~valid[:, None, 1::2], -torch.inf).max(2)
+    into = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+    even = into[:, ::2]
+    even.copy_(torch.where(top_k_mask(best, valid[:, ::2], r), 2 * partner + 1, even))
+    return into
 
 
-def energy_pairs(x: Tensor, valid: Tensor, r: Tensor, margin: float, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
-    """PiToMe's matching for ragged samples: of the 2r tokens of highest energy, even ranks into odd ones."""
-    units = normalize(x.float(), dim=-1).masked_fill(~valid[..., None], 0.0)
-    similarity = units @ units.transpose(1, 2)
-    number = valid.sum(1, keepdim=True)
-    near = elu(similarity - margin, alpha=alpha, inplace=True).masked_fill_(~valid[:, None], 0.0)
-    energy = near.sum(2) / number.clamp_min(1)
-    rank = inverse(ranked(energy, valid))
-    taking_part = (rank < 2 * r[:, None]) & valid
-    source, target = taking_part & (rank % 2 == 0), taking_part & (rank % 2 == 1)
-    return source, similarity.masked_fill_(~target[:, None], -torch.inf).argmax(2)
+def energy_pairs(x: Tensor, valid: Tensor, r: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
+    """PiToMe's matching for ragged samples: of the 2r tokens of highest energy, even ranks into odd ones.
+
+    Rows of the similarity are looked at in blocks, so that memory is linear in the number of tokens.
+    """
+    units, away = normalize(x.float(), dim=-1), ~valid[:, None]
+    transposed = units.transpose(1, 2)
+
+    def energy(part: Tensor) -> Tensor:
+        near = elu((part @ transposed).sub_(margin), alpha=alpha, inplace=True)
+        return near.masked_fill_(away, 0.0).sum(2)
+
+    order = ranked(_by_rows(energy, units) / valid.sum(1, keepdim=True).clamp_min(1), valid)
+    own = torch.arange(x.shape[1], device=x.device)
+    # 0 takes no part, 1 goes, 2 is gone into.
+    role = torch.empty_like(order).scatter_(1, order, torch.where(own < 2 * r[:, None], own % 2 + 1, 0))
+    away = (role != 2)[:, None]
+    nearest = _by_rows(lambda part: (part @ transposed).masked_fill_(away, -torch.inf).argmax(2), units)
+    return torch.where(role == 1, nearest, own)
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of some of the tokens (I, n, D), applied to all (I, N, D) in blocks."""
+    return function(x) if x.shape[1] <= BLOCK else torch.cat([function(part) for part in x.split(BLOCK, 1)], 1)
 
 
 def merge_to_counts(
@@ -44,7 +59,7 @@ def merge_to_counts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge round after round, at most half of the tokens in each, until a sample has as many as it may.
 
-    A merged token takes the place of its first member, so that the order of the tokens stays.
+    A merged token takes the place of its first member, so that the order of the tokens stays. The host waits once.
 
     Args:
         x: (I, N, D).
@@ -58,35 +73,30 @@ def merge_to_counts(
         leader (I, N): the token whose place each token's group takes (undefined where not alive); index (I, n): those
         places, ascending, -1 for padding; and the groups' values (I, n, D).
     """
-    number = alive.sum(1)
-    have, wanted = torch.stack([number, counts]).tolist()
-    place = alive.cumsum(1) - 1
+    have, wanted = torch.stack([alive.sum(1), counts]).tolist()
+    place, gone = (alive.cumsum(1) - 1).clamp_min_(0), 1 << 40
     index, valid = true_indices(alive, max(have), align="left")
-    x = gather_tokens(x, index).float()
-    size = size.gather(1, index).float()
+    x, size = gather_tokens(x, index).float(), size.gather(1, index).float() * valid
+    index = torch.where(valid, index, gone)
     while any(now > then for now, then in zip(have, wanted)):
         removed = [min(now - then, now // 2) if now > then else 0 for now, then in zip(have, wanted)]
-        r = torch.minimum(number - counts, number // 2).clamp_min(0)
-        source, partner = match(x, valid, r)
-        number = number - r
-        have = [now - gone for now, gone in zip(have, removed)]
-        into = torch.where(source, partner, torch.arange(x.shape[1], device=x.device))
-        weight = torch.where(valid, size if weighted else torch.ones_like(size), 0)
-        total = torch.zeros_like(weight).scatter_add(1, into, weight)
-        mean = torch.zeros_like(x).scatter_add(1, into[..., None].expand_as(x), x * weight[..., None])
+        have = [now - less for now, less in zip(have, removed)]
+        into = match(x, valid, to_device(removed, x.device))
+        source = into != torch.arange(x.shape[1], device=x.device)
+        grown = torch.zeros_like(size).scatter_add_(1, into, size)
+        weight = size if weighted else (size > 0).to(size.dtype)
+        total = grown if weighted else torch.zeros_like(size).scatter_add_(1, into, weight)
+        mean = torch.zeros_like(x).scatter_add_(1, into[..., None].expand_as(x), x * weight[..., None])
         # A token that nothing joins is not touched, not even by rounding: other samples may need more rounds.
-        joined = torch.zeros_like(into).scatter_add(1, into, source.long()) > 0
-        x = torch.where(joined[..., None], mean / total.clamp_min(1e-9)[..., None], x)
-        size = torch.zeros_like(size).scatter_add(1, into, torch.where(valid, size, 0))
-        index = torch.full_like(index, 1 << 40).scatter_reduce(1, into, index, "amin")
-        valid = valid & ~source
-        order = torch.where(valid, index, 1 << 41).argsort(dim=1, stable=True)
-        place = inverse(order).gather(1, into.gather(1, place.clamp_min(0)))
-        order = order[:, : max(have)]
-        index, size, valid = index.gather(1, order), size.gather(1, order), valid.gather(1, order)
-        x = gather_tokens(x, order)
-    leader = index.gather(1, place.clamp(0, max(index.shape[1] - 1, 0)))
-    return leader, torch.where(valid, index, -1), x
+        x = torch.where((grown != size)[..., None], mean / total.clamp_min(1e-9)[..., None], x)
+        first = torch.full_like(index, gone).scatter_reduce_(1, into, index, "amin")
+        index, order = first.masked_fill_(source, gone).sort(dim=1, stable=True)
+        place = inverse(order).gather(1, into.gather(1, place))
+        index, order = index[:, : max(have)], order[:, : max(have)]
+        size, valid = grown.gather(1, order), index < gone
+        x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+    leader = index.gather(1, place.clamp_max(max(index.shape[1] - 1, 0)))
+    return leader, index.masked_fill(~valid, -1), x
 
 
 def first_of_each(labels: Tensor) -> Tensor:

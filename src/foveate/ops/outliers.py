@@ -11,14 +11,14 @@ THRESHOLD = 1.5
 """A local outlier factor above this marks an outlier (scikit-learn's `contamination="auto"`)."""
 
 
-def _quantile(ordered: Tensor, counts: Tensor, q: float) -> Tensor:
-    """Quantile, linearly interpolated, of the first `counts` of ascending values (I, N): (I, 1)."""
-    place = (counts - 1).clamp_min(0).to(ordered.dtype)[:, None] * q
-    low = place.floor().long()
+def _quartiles(ordered: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """First and third quartile (I, 1), interpolated, of the first `counts` of ascending values (I, N)."""
+    thirds = torch.arange(1, 4, 2, device=counts.device) * (counts - 1).clamp_min(0)[:, None]
+    low, step = thirds // 4, (thirds % 4).to(ordered.dtype) / 4
     high = (low + 1).clamp_max(ordered.shape[1] - 1)
-    step = place - low
-    left = ordered.gather(1, low)
-    return torch.where(step > 0, left + step * (ordered.gather(1, high) - left), left)
+    left, right = ordered.gather(1, low), ordered.gather(1, high)
+    quartiles = torch.where(step > 0, left + step * (right - left), left)
+    return quartiles[:, :1], quartiles[:, 1:]
 
 
 def upper_outliers(scores: Tensor, valid: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def upper_outliers(scores: Tensor, valid: Tensor) -> Tensor:
         (I,) long.
     """
     scores = scores.float()
-    ordered, counts = scores.masked_fill(~valid, torch.inf).sort(1).values, valid.sum(1)
-    first, third = _quantile(ordered, counts, 0.25), _quantile(ordered, counts, 0.75)
+    ordered, counts = torch.where(valid, scores, torch.inf).sort(1).values, valid.sum(1)
+    first, third = _quartiles(ordered, counts)
     return ((scores > third + 1.5 * (third - first)) & valid).sum(1)
 
 

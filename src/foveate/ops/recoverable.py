@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .host import to_device
 from .outliers import count_outliers
 from .prumerge import merge_neighbours
 from .select import gather_tokens, index_mask, inverse, padded_indices, ranked, top_k_mask
@@ -33,6 +34,10 @@ class Recovery:
     visual_ratio: Tensor
     text_ratio: Tensor
     rest_ratio: Tensor
+
+    def on(self, device: torch.device) -> Recovery:
+        """The same on a device."""
+        return Recovery(**{name: to_device(value, device) for name, value in vars(self).items()})
 
     @property
     def main(self) -> Tensor:
@@ -77,7 +82,8 @@ def recover(
     """Visual filter, text recovery, secondary recovery.
 
     Each step keeps as many of the best tokens of what is left as there are local outliers: by attention of the CLS
-    token, by similarity to the question, and again by attention, for the centres of the clusters.
+    token, by similarity to the question, and again by attention, for the centres of the clusters. That is some 200
+    small operations on two numbers for each token, and best done on the host.
 
     Args:
         attention, similarity: (I, N) float.

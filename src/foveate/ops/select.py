@@ -32,15 +32,15 @@ __all__ = [
 # ------------------------------------------------------------------------------------------------------ by score
 def ranked(scores: Tensor, eligible: Tensor) -> Tensor:
     """Indices by falling score, (B, S); ties go to the lower index, what is not eligible comes last."""
-    return scores.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return torch.where(eligible, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
 def first_k_mask(order: Tensor, eligible: Tensor, k: int | Tensor) -> Tensor:
-    """Mask (B, S) of the first `k` (one count, or LongTensor (B,)) of an order (B, S), as far as they are eligible."""
+    """Mask (B, S) of the first `k` (one count, or LongTensor (B,)) in a permutation (B, S), where they are eligible."""
     if isinstance(k, Tensor):
         k = k.to(order.device)[:, None]
     chosen = torch.arange(order.shape[1], device=order.device)[None] < k
-    return torch.zeros_like(eligible).scatter(1, order, chosen.expand_as(order)) & eligible
+    return torch.empty_like(eligible).scatter(1, order, chosen.expand_as(order)) & eligible
 
 
 def top_k_mask(scores: Tensor, eligible: Tensor, k: int | Tensor) -> Tensor:
@@ -75,9 +75,13 @@ def ranks_within(groups: Tensor, eligible: Tensor, scores: Tensor | None = None)
         (B, S) long, S where not eligible.
     """
     slots = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
-    order = slots if scores is None else scores.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, torch.where(eligible, groups, groups.shape[1]).gather(1, order).argsort(dim=1, stable=True))
-    member = torch.where(eligible, groups, groups.shape[1]).gather(1, order)
+    member = torch.where(eligible, groups, groups.shape[1])
+    if scores is None:
+        member, order = member.sort(dim=1, stable=True)
+    else:
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        member, inner = member.gather(1, order).sort(dim=1, stable=True)
+        order = order.gather(1, inner)
     begins = torch.ones_like(eligible)
     begins[:, 1:] = member[:, 1:] != member[:, :-1]
     place = slots - torch.where(begins, slots, 0).cummax(1).values
@@ -140,7 +144,7 @@ def index_mask(index: Tensor, length: int) -> Tensor:
 def put(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """`base` (B, S) with `values` (B, M) at `index` (B, M); -1 and S are padding and put nowhere."""
     padded = pad(base, (0, 1))
-    return padded.scatter(1, index.remainder(padded.shape[1]), values)[:, :-1]
+    return padded.scatter_(1, index.remainder(padded.shape[1]), values)[:, :-1]
 
 
 def put_tokens(x: Tensor, slots: Tensor, values: Tensor, spare: int) -> Tensor:

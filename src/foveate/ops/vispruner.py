@@ -20,6 +20,7 @@ _FIRST = 8
 """Those of them that are looked at first."""
 
 
+@torch.no_grad()
 def remove_duplicates(
     features: Tensor, order: Tensor, counts: Tensor, wanted: Tensor, per_round: int | Tensor = 8, canonical: bool = True
 ) -> Tensor:

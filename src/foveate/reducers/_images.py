@@ -10,31 +10,38 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..ops.host import to_device
-from ..ops.select import ranks_within
 from ..reduction import Budget, Patches, Positions, View
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
+    from ..engine.layout import Layout
 
 __all__ = [
+    "blocks_on_host",
     "by_block",
     "by_image",
     "can_renumber",
     "counts_per_image",
     "counts_per_row",
     "image_of_slot",
+    "on_device",
     "renumber_if_possible",
     "take",
     "truncated",
 ]
 
 
-def _table(rows: list[int], slots: list[Tensor], grids: list[tuple[int, int]], device: torch.device) -> Patches:
-    """Blocks whose slots (n,) are known on the host."""
+def _table(rows: list[int], slots: list[Tensor], grids: list[tuple[int, int]]) -> Patches:
+    """Blocks whose slots (n,) are known on the host, there."""
     table = pad_sequence(slots, batch_first=True, padding_value=-1) if slots else torch.empty(0, 0, dtype=torch.long)
     facts = torch.tensor([(row, *grid) for row, grid in zip(rows, grids)], dtype=torch.long).view(-1, 3)
-    facts, table = to_device(facts, device), to_device(table, device)
     return Patches(facts[:, 0], table, facts[:, 1:])
+
+
+def on_device(patches: Patches, device: torch.device) -> Patches:
+    """Blocks that are known on the host."""
+    facts = to_device(torch.cat([patches.rows[:, None], patches.grid], 1), device)
+    return Patches(facts[:, 0], to_device(patches.slots, device), facts[:, 1:])
 
 
 def by_image(view: View) -> Patches:
@@ -44,18 +51,25 @@ def by_image(view: View) -> Patches:
         rows = torch.arange(len(view.active), device=slots.device)
         return Patches(rows, torch.where(view.active_visual, slots, -1), slots.new_zeros(len(rows), 2))
     images = [image for images in view.layout.images for image in images]
-    found = _table([i.row for i in images], [i.slots for i in images], [(0, 0)] * len(images), view.active.device)
+    host = _table([image.row for image in images], [image.slots for image in images], [(0, 0)] * len(images))
+    found = on_device(host, view.active.device)
     there = found.valid & view.active[found.rows[:, None], found.slots.clamp_min(0)]
     return replace(found, slots=torch.where(there, found.slots, -1))
 
 
+def blocks_on_host(layout: Layout) -> tuple[Patches, list[int]]:
+    """Patches, one block per tile, frame or whole image, with their grids; and the number of each block's image."""
+    images = [image for images in layout.images for image in images]
+    blocks = [(number, block) for number, image in enumerate(images) for block in image.blocks]
+    owners, rows = [number for number, _ in blocks], [images[number].row for number, _ in blocks]
+    return _table(rows, [block.slots for _, block in blocks], [block.grid for _, block in blocks]), owners
+
+
 def by_block(view: View) -> Patches:
-    """Patches one block per tile, frame or whole image, with their grids; one block per image without a layout."""
+    """Patches, one block per tile, frame or whole image, with their grids; one block per image without a layout."""
     if view.layout is None:
         return by_image(view)
-    blocks = [(image.row, block) for images in view.layout.images for image in images for block in image.blocks]
-    slots, grids = [block.slots for _, block in blocks], [block.grid for _, block in blocks]
-    return _table([row for row, _ in blocks], slots, grids, view.visual.device)
+    return on_device(blocks_on_host(view.layout)[0], view.visual.device)
 
 
 def can_renumber(anatomy: Anatomy) -> bool:
@@ -87,7 +101,9 @@ def counts_per_row(budget: Budget, view: View) -> Tensor:
     there = view.active_visual
     if isinstance(budget.keep, float):
         return budget.per_row(there.sum(1), most=there.shape[1])
-    return (ranks_within(image_of_slot(view), there) < budget.keep).sum(1)
+    # No more images than slots; those of all rows are counted in one tensor.
+    number = torch.zeros_like(there, dtype=torch.long).scatter_add(1, image_of_slot(view), there.long())
+    return number.clamp_max(budget.keep).sum(1)
 
 
 def truncated(tokens: int, share: float) -> int:

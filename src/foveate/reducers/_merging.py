@@ -15,7 +15,10 @@ from ._images import take
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
 
-__all__ = ["check_tower", "check_where", "decide_by_groups", "decide_by_merging", "tower_leaders"]
+__all__ = [
+    "check_tower", "check_where", "decide_by_groups", "decide_by_merging", "decide_by_origin", "spread",
+    "tower_leaders",
+]  # fmt: skip
 
 
 def check_where(where: str) -> None:
@@ -45,27 +48,30 @@ def tower_leaders(view: View, images: Patches) -> Tensor:
     return first_of_each(torch.where(images.valid, labels, -1))
 
 
-def _spread(view: View, images: Patches, values: Tensor) -> Tensor:
+def spread(images: Patches, values: Tensor, batch: int, length: int) -> Tensor:
     """Places in a block (I, N) -> slots, as a frame (B, S); slots outside the blocks stand for themselves."""
-    own = torch.arange(view.active.shape[1], device=view.active.device).expand(view.active.shape)
+    own = torch.arange(length, device=values.device).expand(batch, -1)
     slots = images.slots.gather(1, values.clamp(0, images.slots.shape[1] - 1))
-    laid = images.to_slots(torch.where(images.valid, slots + 1, 0), *view.active.shape)
+    laid = images.to_slots(torch.where(images.valid, slots + 1, 0), batch, length)
     return torch.where(laid > 0, laid - 1, own)
 
 
-def decide_by_groups(view: View, images: Patches, leaders: Tensor, dropped: Tensor | None = None) -> Decision:
-    """Keep the leader of each group as it is (every member shows the same already).
+def decide_by_origin(view: View, origin: Tensor, dropped: Tensor | None = None) -> Decision:
+    """Keep what stands for itself (every member of a group shows the same already).
 
     Args:
-        leaders: (I, N) place in its block of the token that stands for each token.
+        origin: (B, S) slot that stands for each slot.
         dropped: (B, S) bool, slots that no token stands for.
     """
-    origin = _spread(view, images, leaders)
-    own = torch.arange(origin.shape[1], device=origin.device)
-    keep = view.active & (origin == own)
+    keep = view.active & (origin == torch.arange(origin.shape[1], device=origin.device))
     if dropped is not None:
         keep, origin = keep & ~dropped, torch.where(dropped, -1, origin)
     return Decision(keep=keep, origin=origin)
+
+
+def decide_by_groups(view: View, images: Patches, leaders: Tensor, dropped: Tensor | None = None) -> Decision:
+    """`decide_by_origin` for the token that stands for each token of a block, (I, N) places in the block."""
+    return decide_by_origin(view, spread(images, leaders, *view.active.shape), dropped)
 
 
 def decide_by_merging(
@@ -73,18 +79,19 @@ def decide_by_merging(
 ) -> Decision:
     """Merge the tokens of each image to `counts` (I,); `leaders` says what the tower has merged already."""
     columns = torch.arange(images.slots.shape[1], device=counts.device).expand_as(images.slots)
-    leaders = columns if leaders is None else leaders
-    alive = images.valid & (leaders == columns)
-    size = torch.zeros_like(columns).scatter_add(1, leaders, images.valid.long())
+    alive, size = images.valid, images.valid.long()
+    if leaders is not None:
+        alive, size = alive & (leaders == columns), torch.zeros_like(size).scatter_add(1, leaders, size)
     final, index, values = merge_to_counts(take(view.hidden, images), size, alive, counts, match, weighted)
-    decision = decide_by_groups(view, images, final.gather(1, leaders))
+    decision = decide_by_groups(view, images, final if leaders is None else final.gather(1, leaders))
     places = torch.arange(index.numel(), device=index.device).view_as(index) + 1
     place = images.to_slots(
         torch.zeros_like(columns).scatter_add(1, index.clamp_min(0), torch.where(index < 0, 0, places)),
         *view.active.shape,
     )
     merged = place > 0
-    decision.slots = padded_indices(merged, int(merged.sum(1).max()))
+    most = len(index) if view.layout is None else max(map(len, view.layout.images), default=0)
+    decision.slots = padded_indices(merged, min(most * index.shape[1], merged.shape[1]))
     cell = place.gather(1, decision.slots.clamp_min(0))
     decision.values = values.flatten(0, 1)[(cell - 1).clamp_min(0)].to(view.hidden.dtype)
     return decision

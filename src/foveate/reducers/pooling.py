@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.host import to_device
 from ..ops.select import padded_indices
 from ..reduction import (
     BEFORE_LAYERS,
@@ -24,8 +25,8 @@ from ..reduction import (
     View,
     register,
 )
-from ._images import by_block, by_image, counts_per_image, renumber_if_possible, take
-from ._merging import decide_by_groups, tower_leaders
+from ._images import blocks_on_host, by_image, on_device, renumber_if_possible, take
+from ._merging import decide_by_groups, decide_by_origin, spread, tower_leaders
 
 if TYPE_CHECKING:
     from ..engine.families.parts import Anatomy
@@ -83,43 +84,45 @@ class AveragePool(Reducer):
         self.positions = renumber_if_possible(anatomy)
 
     def decide(self, view: View) -> Decision | None:
-        images, blocks = by_image(view), by_block(view)
-        if not len(images.rows) or not len(blocks.rows):
+        images = by_image(view)
+        if view.layout is None or not len(images.rows):
             return None
-        counts = counts_per_image(self._budget, images)
-        if bool((counts == images.valid.sum(1)).all()):
+        size = images.valid.sum(1)
+        sizes, counts = torch.stack([size, self._budget.per_row(size, most=images.slots.shape[1])]).tolist()
+        blocks, owners = blocks_on_host(view.layout)
+        if counts == sizes or not owners:
             return None
-        cells, middles = _cells(blocks, _shares(view, images, blocks, counts))
-        number = int(cells.max()) + 1
-        hidden = take(view.hidden, blocks)
-        inside = (cells >= 0).to(torch.float32)
-        place = cells.clamp_min(0)
-        total = inside.new_zeros(len(cells), number).scatter_add(1, place, inside)
-        means = inside.new_zeros(len(cells), number, hidden.shape[2])
-        means = means.scatter_add(1, place[..., None].expand_as(hidden), hidden.float() * inside[..., None])
-        means = means / total.clamp_min(1)[..., None]
+        # Where which patch goes is arithmetic, and is done on the host.
+        cells, middles = _cells(blocks, _shares(owners, blocks.valid.sum(1).tolist(), counts))
+        number, shape = int(cells.max()) + 1, view.active.shape
+        origin = spread(blocks, middles.gather(1, cells.clamp_min(0)), *shape)
+        cell = torch.arange(len(cells))[:, None] * number + cells + 1
+        cell = blocks.to_slots(torch.where(cells >= 0, cell, 0), *shape)
+        pooled = cell > 0
+        leads = pooled & (origin == torch.arange(shape[1]))
+        slots = padded_indices(leads, int(leads.sum(1).max()))
+        whole = torch.zeros(shape, dtype=torch.bool)  # an image that keeps all its tokens keeps its row ends, too
+        for image, had, has in zip((i for row in view.layout.images for i in row), sizes, counts):
+            whole[image.row, image.slots] = had == has
 
-        leaders = middles.gather(1, place)
-        pooled = blocks.to_slots((cells + 1).clamp_min(0), *view.active.shape) > 0
-        # An image that keeps all its tokens keeps its row ends, too.
-        whole = images.to_slots((images.valid & (counts == images.valid.sum(1))[:, None]).float(), *view.active.shape)
-        decision = decide_by_groups(view, blocks, leaders, dropped=view.visual & ~pooled & (whole == 0))
-        kept = pooled if decision.keep is None else pooled & decision.keep
-        decision.slots = padded_indices(kept, int(kept.sum(1).max()))
-        flat = torch.arange(len(cells), device=cells.device)[:, None] * number + cells + 1
-        cell = blocks.to_slots(torch.where(cells >= 0, flat, 0), *view.active.shape)
-        cell = cell.gather(1, decision.slots.clamp_min(0))
-        decision.values = means.flatten(0, 1)[(cell - 1).clamp_min(0)].to(view.hidden.dtype)
+        device = view.hidden.device
+        hidden, inside = take(view.hidden, on_device(blocks, device)), to_device(cells >= 0, device)
+        place = to_device(cells.clamp_min(0), device)
+        total = torch.zeros(len(cells), number, device=device).scatter_add_(1, place, inside.float())
+        means = torch.zeros(len(cells), number, hidden.shape[2], device=device)
+        means.scatter_add_(1, place[..., None].expand_as(hidden), hidden.float() * inside[..., None])
+        means /= total.clamp_min(1)[..., None]
+        dropped = view.visual & to_device(~(pooled | whole), device)
+        decision = decide_by_origin(view, to_device(origin, device), dropped)
+        cell = to_device((cell.gather(1, slots.clamp_min(0)) - 1).clamp_min(0), device)
+        slots = to_device(slots, device)
+        decision.slots = torch.where(view.active.gather(1, slots.clamp_min(0)), slots, -1)
+        decision.values = means.flatten(0, 1)[cell].to(view.hidden.dtype)
         return decision
 
 
-def _shares(view: View, images: Patches, blocks: Patches, counts: Tensor) -> list[int]:
+def _shares(owners: list[int], patches: list[int], budgets: list[int]) -> list[int]:
     """Tokens for each block: the image's budget by number of patches, remainders to the first ones."""
-    numbers = torch.arange(len(images.rows), device=counts.device)
-    owner = images.to_slots(numbers[:, None].expand_as(images.slots), *view.active.shape)
-    owners, patches, budgets = (
-        owner[blocks.rows, blocks.slots[:, 0]].tolist(), blocks.valid.sum(1).tolist(), counts.tolist(),
-    )  # fmt: skip
     whole = [0] * len(budgets)
     for image, size in zip(owners, patches):
         whole[image] += size
@@ -133,16 +136,15 @@ def _shares(view: View, images: Patches, blocks: Patches, counts: Tensor) -> lis
 
 def _cells(blocks: Patches, shares: list[int]) -> tuple[Tensor, Tensor]:
     """Cell of each patch (I, N), -1 where it has none; place in its block of each cell's middle patch (I, cells)."""
-    device = blocks.slots.device
     grids = blocks.grid.tolist()
     targets = [pooled_grid(h, w, share) if share and h else (0, 0) for (h, w), share in zip(grids, shares)]
-    rows, columns = torch.tensor(targets, device=device).T[:, :, None]
+    rows, columns = torch.tensor(targets).T[:, :, None]
     height, width = blocks.grid.T[:, :, None]
-    place = torch.arange(blocks.slots.shape[1], device=device)
+    place = torch.arange(blocks.slots.shape[1])
     y, x = place // width.clamp_min(1), place % width.clamp_min(1)
     cells = y * rows // height.clamp_min(1) * columns + x * columns // width.clamp_min(1)
     cells = torch.where(blocks.valid & (rows > 0), cells, -1)
-    number = torch.arange(int((rows * columns).max()) if len(targets) else 0, device=device)
+    number = torch.arange(int((rows * columns).max()) if len(targets) else 0)
     row, column = number // columns.clamp_min(1), number % columns.clamp_min(1)
 
     def middle(index: Tensor, parts: Tensor, whole: Tensor) -> Tensor:

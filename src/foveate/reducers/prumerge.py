@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..ops.host import to_device, to_host
 from ..ops.outliers import upper_outliers
 from ..ops.prumerge import class_attention, evenly_spaced, merge_neighbours, merge_official, official_selection
 from ..ops.select import index_mask, padded_indices, top_k_mask
@@ -99,18 +100,17 @@ class PruMerge(Reducer):
         return self._official(blocks) if self.faithful else self._mended(blocks)
 
     # ----------------------------------------------------------------------------------------------- mended
-    def _choose(self, attention: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    def _choose(self, attention: Tensor, valid: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
         """Patches that stay (I, N), and in which blocks one more token pools the rest (I,)."""
-        size = blocks.size
-        outliers = upper_outliers(attention, blocks.valid)
-        total = blocks.shares() if self._budget else self._adaptive(outliers, size) + int(self.extra)
+        size, outliers = valid.sum(1), upper_outliers(attention, valid)
+        total = self._adaptive(outliers, size) + int(self.extra) if shares is None else shares
         pooled = (total < size) & (total > 1) & self.extra
         wanted = torch.minimum(total, size) - pooled.long()
         if not self._plus:
-            return top_k_mask(attention, blocks.valid, wanted), pooled
-        most = (wanted + 1) // 2 if self._budget else wanted
-        important = top_k_mask(attention, blocks.valid, torch.minimum(outliers, most))
-        return important | evenly_spaced(blocks.valid & ~important, wanted - important.sum(1)), pooled
+            return top_k_mask(attention, valid, wanted), pooled
+        most = wanted if shares is None else (wanted + 1) // 2
+        important = top_k_mask(attention, valid, torch.minimum(outliers, most))
+        return important | evenly_spaced(valid & ~important, wanted - important.sum(1)), pooled
 
     def _adaptive(self, outliers: Tensor, size: Tensor) -> Tensor:
         """Tokens that stay without a budget, of `size`: (I,)."""
@@ -118,11 +118,15 @@ class PruMerge(Reducer):
 
     def _mended(self, blocks: Blocks) -> Decision:
         attention, valid = blocks.attention(self._keys), blocks.valid
-        kept, pooled = self._choose(attention, blocks)
+        # Which patches stay depends on one number for each; that is settled on the host, after one wait.
+        seen = [attention, valid, *([blocks.shares()] if self._budget else [])]
+        scores, there, *shares = map(torch.from_numpy, to_host(*seen))
+        chosen, pooling = self._choose(scores, there, shares[0] if shares else None)
+        kept, pooled = (to_device(part, valid.device) for part in (chosen, pooling))
         pruned = valid & ~kept
         key = blocks.patches[self._keys].key
         assert key is not None
-        centres = padded_indices(kept, blocks.most(kept.sum(1)))
+        centres = to_device(padded_indices(chosen, int(chosen.sum(1).max())), valid.device)
         x, project = states(blocks, self._features)
         merged, column = merge_neighbours(
             x, key.flatten(2), attention, centres, pruned, self.neighbours, self.merge == "mean"

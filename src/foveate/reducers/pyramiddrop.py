@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ops.host import to_device
 from ..ops.select import top_k_mask
 from ..reduction import Budget, Decision, MethodInfo, OptionError, Reducer, TapSpec, View, register
 from ._images import can_renumber, counts_per_row, truncated
@@ -116,7 +117,7 @@ class PyramidDrop(Reducer):
             counted = counts_per_row(self._budget, view)
         facts = torch.stack([tokens, counted], 1).tolist()
         plans = [self._plan_sample(*fact) for fact in facts]
-        layers, counts = torch.tensor(plans, device=tokens.device).unbind(1)
+        layers, counts = to_device(torch.tensor(plans), tokens.device).unbind(1)
         return layers, counts, {layer for plan in plans for layer in plan[0]}
 
     def _plan_sample(self, tokens: int, counted: int) -> tuple[Sequence[int], Sequence[int]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..ops.host import to_device, to_host
 from ..ops.prumerge import class_attention
 from ..ops.recoverable import merge_rest, merge_rest_official, recover, recover_faithful
 from ..ops.select import gather_tokens, index_mask, padded_indices, put
@@ -138,21 +139,27 @@ class Recoverable(Reducer):
         attention, valid = blocks.attention(self._keys), blocks.valid
         key = blocks.patches[self._keys].key
         assert key is not None
-        found = recover(attention, similarity, valid, blocks.shares() if self._budget else None)
+        # What stays depends on two numbers for each patch; that is settled on the host, after one wait.
+        seen = [attention, similarity, valid, *([blocks.shares()] if self._budget else [])]
+        scores, likeness, there, *shares = map(torch.from_numpy, to_host(*seen))
+        chosen = recover(scores, likeness, there, shares[0] if shares else None)
+        own = torch.arange(there.shape[1])
+        pruned = there & ~chosen.main & ~index_mask(chosen.centres, there.shape[1])
+        last = torch.where(chosen.pooled, torch.where(pruned, own, -1).amax(1), -1)[:, None]
+        places = torch.cat([chosen.centres, last], 1)
+        homes = index_mask(places, there.shape[1])
+        stays = torch.where(chosen.main | homes, own, -1)
+
+        found, kept = chosen.on(valid.device), to_device(chosen.main | homes, valid.device)
+        overwritten, stays = to_device(places, valid.device), to_device(stays, valid.device)
         x, project = states(blocks, self._features)
         merged, extra, column = merge_rest(
             x, key.flatten(2), attention, similarity, found, valid, self.neighbours, self.text_weight
         )
-        tokens = valid.shape[1]
-        own = torch.arange(tokens, device=valid.device).expand_as(valid)
-        pruned = valid & ~found.main & ~index_mask(found.centres, tokens)
-        last = torch.where(found.pooled, torch.where(pruned, own, -1).amax(1), -1)[:, None]
-        overwritten = torch.cat([found.centres, last], 1)
-        is_home = index_mask(overwritten, tokens)
-        owner = torch.where((column >= 0) & ~is_home, overwritten.gather(1, column.clamp_min(0)), -1)
-        owner = torch.where(found.main | is_home, own, owner)
+        owner = torch.where(column >= 0, overwritten.gather(1, column.clamp_min(0)), -1)
+        owner = torch.where(kept, stays, owner)
         values = project(torch.cat([merged, extra], 1))
-        return decide_in_place(blocks, found.main | is_home, overwritten, values, owner, attention)
+        return decide_in_place(blocks, kept, overwritten, values, owner, attention)
 
     def _official(self, blocks: Blocks, similarity: Tensor) -> Decision:
         read, valid = blocks.patches[self._keys], blocks.valid

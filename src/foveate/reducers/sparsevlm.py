@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ops import raters, schedule
 from ..ops.density_peaks import density_peaks, merge_clusters
+from ..ops.host import to_device
 from ..ops.recycle import Merged, official_order, slot_order
 from ..ops.select import first_k_mask, gather_tokens, ranked, true_indices
 from ..reduction import (
@@ -139,7 +140,7 @@ class SparseVLM(Options):
         eligible, tap = view.active_visual, self.attention(view)
         scores = self._scores(view, tap)
         counts = self._counts(view, torch.stack([eligible.sum(1), self._rank(view, tap)], 1).tolist())
-        kept, pool, clusters = torch.tensor(counts, device=scores.device).T
+        kept, pool, clusters = to_device(torch.tensor(counts), scores.device).T
         # Image or not, the last token of the prompt has to stay.
         order = ranked(scores.masked_fill(view.state["last"], torch.inf), eligible)
         chosen = first_k_mask(order, eligible, kept)
@@ -193,7 +194,7 @@ class SparseVLM(Options):
         rows = after if everything else view.state["raters"]
         # Samples that lose nothing at a stage have no row read there.
         acting = [[stage in plan.layers for stage in self.stages] for plan in plans]
-        acts = torch.tensor(acting, device=slots.device).T[..., None]
+        acts = to_device(torch.tensor(acting), slots.device).T[..., None]
         view.state["rows"] = {stage: rows & acts[i] for i, stage in enumerate(self.stages)}
 
     @property

@@ -33,7 +33,7 @@ from ..families.tower_layers import attention_modules, check_mergeable, layer_of
 from ..stopwatch import deciding
 from ..trace import TowerCall
 from ..undo import Shared, Undo
-from .reader import _lay
+from .reader import fill, lay
 
 __all__ = ["MergeSpec", "ShrinkSpec", "TowerReduction"]
 
@@ -394,7 +394,7 @@ class TowerReduction(Shared):
                 f"{type(anatomy.model).__name__} makes one visual token of several patches: nothing can be taken away "
                 "in its tower; merge after it (where='output')"
             )
-        patches = _lay(plan, {"features": labels[..., None].float()}, {}, slots, visual.device)
+        patches = fill(plan, lay(plan, slots, visual.device), {"features": labels[..., None].float()}, {})
         assert patches.features is not None
         return patches.to_slots(patches.features[..., 0], *visual.shape).long() - 1
 

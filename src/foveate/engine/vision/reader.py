@@ -10,7 +10,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -157,6 +157,7 @@ class VisionReader(Shared):
         kinds = sorted({video for video, _ in self._readings})
         slots = dict(zip((False, True), modality(self.anatomy, visual, info))) if len(kinds) > 1 else {kinds[0]: visual}
         out: dict[int, list[Patches]] = {}
+        laid: dict[bool, tuple[TowerPlan, Patches]] = {}
         for (video, layer), reading in self._readings.items():
             if len(kinds) > 1 and not bool(slots[video].any()):
                 continue  # of an earlier prompt
@@ -168,8 +169,10 @@ class VisionReader(Shared):
                 cls = {name: value[:, at] for name, value in parts.items()}
                 parts = {name: value[:, patches] for name, value in parts.items()}
             blocks, tokens = next(iter(parts.values())).shape[:2]
-            plan = plan_tower(self.anatomy, blocks, tokens, info, video)
-            out.setdefault(layer, []).append(_lay(plan, parts, cls, slots[video], device))
+            if video not in laid:
+                plan = plan_tower(self.anatomy, blocks, tokens, info, video)
+                laid[video] = plan, lay(plan, slots[video], device)
+            out.setdefault(layer, []).append(fill(*laid[video], parts, cls))
         return {layer: _joined(found) for layer, found in out.items()}
 
     def projector(self, patches: dict[int, Patches], hidden: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -197,10 +200,8 @@ class VisionReader(Shared):
         return found
 
 
-def _lay(
-    plan: TowerPlan, parts: dict[str, Tensor], cls: dict[str, Tensor], visual: Tensor, device: torch.device
-) -> Patches:
-    """Quantities of the tower by visual slot (B, S), which is on the CPU; the result is on `device`."""
+def lay(plan: TowerPlan, visual: Tensor, device: torch.device) -> Patches:
+    """Where the patches of a plan are in visual slots (B, S), which are on the CPU; the result is on `device`."""
     index, filled = plan.index.cpu(), int(visual.sum())
     copies = filled // plan.features if plan.features else 0
     if copies * plan.features != filled or not copies or visual.shape[0] % copies:
@@ -215,29 +216,35 @@ def _lay(
         laid = torch.where(index >= 0, slot[index.clamp_min(0)], -1)
         rows.append(torch.where(laid >= 0, row[index.clamp_min(0)], -1).amax(1))
         slots.append(laid)
+    row, slot = torch.cat(rows), torch.cat(slots)
+    complete = int((slot >= 0).sum()) == filled
+    grid = plan.grid.to(device) if plan.grid.device.type != "cpu" else to_device(plan.grid, device)
+    return Patches(
+        to_device(row, device), to_device(slot, device), _repeated(grid, len(row) // len(index)), complete=complete
+    )
+
+
+def fill(plan: TowerPlan, places: Patches, parts: dict[str, Tensor], cls: dict[str, Tensor]) -> Patches:
+    """The same patches with what the tower computed of them."""
+    device, index, copies = places.slots.device, plan.index.cpu(), len(places.slots) // len(plan.index)
     whole = bool((index.flatten() == torch.arange(index.numel())).all())  # the order of the tower, without padding
-    missing = None if bool((index >= 0).all()) else to_device(index < 0, device)
+    missing = None if whole or bool((index >= 0).all()) else to_device(index < 0, device)
     there = None if whole else to_device(index.clamp_min(0), device)
-
-    def repeated(value: Tensor) -> Tensor:
-        return value if copies == 1 else value.repeat(copies, *([1] * (value.dim() - 1)))
-
     values: dict[str, Any] = {}
     for name, part in parts.items():
         merged = plan.merge(part).to(device)
         value = merged.unflatten(0, index.shape) if there is None else merged[there]
         if missing is not None:
             value = value.masked_fill(missing.view(*index.shape, *([1] * (value.dim() - 2))), 0)
-        values[name] = repeated(value)
+        values[name] = _repeated(value, copies)
     if "attention" in values:
         values["attention"] = values["attention"].transpose(1, 2)
-    extra: dict[str, Any] = {f"cls_{n}": repeated(v.to(device)) for n, v in cls.items() if n != "attention"}
-    grid = to_device(plan.grid, device) if plan.grid.device.type == "cpu" else plan.grid
-    row, slot = torch.cat(rows), torch.cat(slots)
-    complete = int((slot >= 0).sum()) == filled
-    return Patches(
-        to_device(row, device), to_device(slot, device), repeated(grid), complete=complete, **values, **extra
-    )
+    extra: dict[str, Any] = {f"cls_{n}": _repeated(v.to(device), copies) for n, v in cls.items() if n != "attention"}
+    return replace(places, **values, **extra)
+
+
+def _repeated(value: Tensor, copies: int) -> Tensor:
+    return value if copies == 1 else value.repeat(copies, *([1] * (value.dim() - 1)))
 
 
 def _joined(found: list[Patches]) -> Patches:

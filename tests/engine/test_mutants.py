@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine import test_exact, test_outputs, test_taps
+from tests.engine import test_exact, test_lane, test_outputs, test_taps
 from tests.families import inputs
 from tests.reference.checks import assert_exact, build_once
 from tests.reference.plans import draw_removed
 from torch import Tensor
 
 import foveate
-from foveate.engine.decoder import cache, forward_pass, frame, masks, session, taps
-from foveate.engine.decoder.session import DecoderSession
+from foveate.engine.decoder import cache, forward_pass, frame, lane, layer_inputs, masks, session, taps
 from foveate.reduction import TapSpec
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -34,11 +33,11 @@ def compact_rope(patch: pytest.MonkeyPatch) -> None:
     def first_positions(rope: Any, index: Tensor, length: int) -> Any:
         return frame.take_rope(rope, torch.arange(index.shape[1]).expand_as(index), length)
 
-    patch.setattr(forward_pass, "take_rope", first_positions)
+    patch.setattr(layer_inputs, "take_rope", first_positions)
 
 
 def no_mask(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(forward_pass, "reduced_mask", lambda *args: None)
+    patch.setattr(layer_inputs, "reduced_mask", lambda *args: None)
 
 
 def wrong_columns(patch: pytest.MonkeyPatch) -> None:
@@ -48,7 +47,7 @@ def wrong_columns(patch: pytest.MonkeyPatch) -> None:
         keys = torch.where(reach.keys < 0, -1, torch.arange(reach.keys.shape[1]).expand_as(reach.keys))
         return masks.reduced_mask(mask, replace(reach, keys=keys), *rest)
 
-    patch.setattr(forward_pass, "reduced_mask", first_columns)
+    patch.setattr(layer_inputs, "reduced_mask", first_columns)
 
 
 def wrong_rows(patch: pytest.MonkeyPatch) -> None:
@@ -60,16 +59,17 @@ def wrong_rows(patch: pytest.MonkeyPatch) -> None:
             reach = replace(reach, rows=torch.arange(reach.length - n, reach.length).expand_as(reach.rows))
         return masks.reduced_mask(mask, reach, *rest)
 
-    patch.setattr(forward_pass, "reduced_mask", last_rows)
+    patch.setattr(layer_inputs, "reduced_mask", last_rows)
 
 
 def wrong_scatter(patch: pytest.MonkeyPatch) -> None:
     """Rows written to the end of the frame instead of to their slots."""
 
-    def to_the_end(states: Tensor, active: frame.ActiveSet, rows: Tensor, in_place: bool) -> Tensor:
+    def to_the_end(states: Tensor, active: frame.ActiveSet, rows: Tensor) -> Tensor:
         return torch.cat([states[:, : -rows.shape[1]], rows], 1)
 
-    patch.setattr(forward_pass, "put_rows", to_the_end)
+    for module in (forward_pass, lane):
+        patch.setattr(module, "put_rows", to_the_end)
 
 
 def wrong_gather(patch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def visible_fillers(patch: pytest.MonkeyPatch) -> None:
         first = rows.masked_fill(reach.keys < 0, reach.total - 1).amin(1, keepdim=True)
         return masks.reduced_mask(mask, replace(reach, keys=torch.where(reach.keys < 0, first, rows)), *rest)
 
-    patch.setattr(forward_pass, "reduced_mask", all_real)
+    patch.setattr(layer_inputs, "reduced_mask", all_real)
 
 
 MUTANTS = [
@@ -140,11 +140,18 @@ def test_a_fault_is_caught(name: str, mutant: Patch, mutate: Callable[[Patch], N
 
 
 # --------------------------------------------------------------------------- faults that other checks are there for
-def test_overwritten_frames_are_caught(monkeypatch: pytest.MonkeyPatch):
-    """Rows scattered in place where somebody else holds the frame."""
-    monkeypatch.setattr(DecoderSession, "_exclusive", lambda self: frozenset(range(6)))
-    assert _caught(lambda: test_outputs.test_hooks_see_the_full_frame_and_may_keep_it("llava", "after"))
-    assert _caught(lambda: test_outputs.test_hidden_states_are_full_length("llava"))
+def test_a_change_of_the_frame_that_is_not_seen_is_caught(monkeypatch: pytest.MonkeyPatch):
+    """The next layer takes the rows as they were, whoever has looked at the frame and changed it in place."""
+    real = lane.short_rows
+    blind = lambda value, active=None: value.rows if isinstance(value, lane.LazyFrame) else real(value, active)  # noqa: E731
+    monkeypatch.setattr(forward_pass, "short_rows", blind)
+    assert _caught(lambda: test_outputs.test_hooks_that_change_states_take_effect("llava", True, "after"))
+
+
+def test_logits_of_the_wrong_rows_are_caught(monkeypatch: pytest.MonkeyPatch):
+    """The end of a frame is taken to be the end of its rows, although the last slots of some rows are padding."""
+    monkeypatch.setattr(lane, "_end_of", lambda frame, index: frame.rows[:, index[1].start :])
+    assert _caught(test_lane.test_the_end_of_a_frame_comes_from_its_rows_where_all_of_it_ran)
 
 
 def test_a_forgotten_label_rule_is_caught(monkeypatch: pytest.MonkeyPatch):

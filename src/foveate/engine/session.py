@@ -83,6 +83,10 @@ class Session(Shared):
             self._free.notify_all()
         return True
 
+    def _runs(self) -> set[str]:
+        """The calls in which this thread is."""
+        return self._running.get(threading.get_ident(), set())
+
     def _others_run(self) -> bool:
         alive = {thread.ident for thread in threading.enumerate()}
         return any(thread in alive for thread in self._running if thread != threading.get_ident())

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Shared", "Undo"]
 
@@ -38,25 +40,27 @@ class Undo(Shared):
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._hooks: list[tuple[nn.Module, int]] = []
+        self._hooks: dict[int, tuple[nn.Module, RemovableHandle]] = {}
         self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
+        self.copying = threading.RLock()
+        """Held while a module is copied, and by who puts hooks in and out in between."""
 
     @property
     def hooks(self) -> frozenset[int]:
         """Numbers of the hooks that were put in."""
-        return frozenset(number for _, number in self._hooks)
+        return frozenset(self._hooks)
 
-    def pre_hook(self, module: nn.Module, hook: Callable[..., Any], **options: Any) -> None:
+    def pre_hook(self, module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
         """`module.register_forward_pre_hook(hook, **options)`, to be undone."""
-        self._hooked(module, module.register_forward_pre_hook(hook, **options))
+        return self._hooked(module, module.register_forward_pre_hook(hook, **options))
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any], **options: Any) -> None:
+    def hook(self, module: nn.Module, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
         """`module.register_forward_hook(hook, **options)`, to be undone."""
-        self._hooked(module, module.register_forward_hook(hook, **options))
+        return self._hooked(module, module.register_forward_hook(hook, **options))
 
-    def _hooked(self, module: nn.Module, handle: Any) -> None:
-        self._hooks.append((module, handle.id))
-        self._stack.callback(handle.remove)
+    def _hooked(self, module: nn.Module, handle: RemovableHandle) -> RemovableHandle:
+        self._hooks[handle.id] = module, handle
+        return handle
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of the instance. What stood there comes back, unless somebody has replaced `value` since."""
@@ -76,10 +80,12 @@ class Undo(Shared):
 
     def close(self) -> None:
         """Undo all steps, the last first. The first error is raised when every step has been taken."""
+        for _, handle in self._hooks.values():
+            handle.remove()
         try:
             self._stack.close()
         finally:
-            self._hooks, self._attributes = [], []
+            self._hooks, self._attributes = {}, []
 
     def copied(self, *modules: nn.Module | None) -> None:
         """Make `copy.deepcopy` of these modules give plain ones, free of everything that was put in."""
@@ -89,10 +95,11 @@ class Undo(Shared):
     def _plain_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         twin = type(module).__new__(type(module))
         memo[id(module)] = twin
-        twin.__setstate__(copy.deepcopy(module.__getstate__(), memo))
-        for hooked, number in self._hooks:
-            for name in _HOOKS:
-                getattr(memo.get(id(hooked)), name, {}).pop(number, None)
+        with self.copying:
+            twin.__setstate__(copy.deepcopy(module.__getstate__(), memo))
+            for number, (hooked, _) in self._hooks.items():
+                for name in _HOOKS:
+                    getattr(memo.get(id(hooked)), name, {}).pop(number, None)
         for changed, name, _, before in reversed(self._attributes):
             other = memo.get(id(changed))
             if isinstance(other, nn.Module):

@@ -6,6 +6,10 @@ one, nothing outside the decoder layers can tell that tokens are missing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,66 +26,136 @@ from transformers.cache_utils import (
 from ...reduction import UnsupportedError
 from ..families.layers import KEYLESS, REFERENCE
 
-__all__ = ["SEEN_BY_ALL", "LogicalLayer", "check_cache", "logical_layer", "physical_lengths"]
+__all__ = [
+    "SEEN_BY_ALL",
+    "LogicalLayer",
+    "Permit",
+    "check_cache",
+    "logical_layer",
+    "physical_lengths",
+    "reduced_layers",
+]
 
 SEEN_BY_ALL = 10**6
 """`LogicalLayer.until` of a key that no layer loses."""
+
+
+@dataclass
+class Permit:
+    """What the reduced layers of one cache share.
+
+    Attributes:
+        granted: a pass of the session that filled the cache runs, so that tokens may be added.
+        at_every_step: a step of decoding has to tell each layer what it sees: fillers, positions of its own.
+        window: the narrowest sliding window of a reduced layer; beyond it a step has to, too.
+    """
+
+    granted: bool = False
+    at_every_step: bool = False
+    window: int | None = None
+
+    def settle(self, layers: Iterable[LogicalLayer]) -> None:
+        """After a pass that has told each layer."""
+        layers = list(layers)
+        self.at_every_step = any(
+            isinstance(layer, _Counting | _Reference)
+            or layer.filled
+            or layer.next is not None
+            or layer.until is not None
+            for layer in layers
+        )
+        self.window = min((w for w in (layer.sliding_window for layer in layers) if w is not None), default=None)
 
 
 class LogicalLayer(DynamicLayer):
     """Stores the keys of the tokens that stayed; `n` stored of `total` logical ones.
 
     Attributes:
-        kept: (B, n) logical slot of each stored key, -1 for a filler of a ragged batch.
-        next: (B, 1) position of the next token in this layer, None where the model's own positions hold.
         total: logical length, removed tokens included.
         filled: whether any stored key may be a filler.
         running: whether its decoder layer runs right now.
         until: (B, n) first decoder layer that must not see a stored key, where later layers share the keys of this
             one and tokens were removed in between; None: all see all.
+        permit: of the cache.
     """
 
     is_croppable = True
+    total = 0
+    filled = False
+    running = False
+    record_past = False
+    until: Tensor | None = None
+    _announced: tuple[Tensor, Tensor | None, int] | None = None
+    _kept: Tensor | None = None
+    _next: Tensor | None = None
+    _added = _dropped = 0
+    """Tokens that came, and that left at the start, since `_kept` was made."""
 
-    def __init__(self, sliding_window: int | None = None):
+    def __init__(self, sliding_window: int | None = None, permit: Permit | None = None):
         super().__init__()
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self.kept: Tensor | None = None
-        self.next: Tensor | None = None
-        self.total = 0
-        self.filled = False
-        self.until: Tensor | None = None
-        self.record_past = False
-        self.running = False
-        self._announced: tuple[Tensor, Tensor | None, int] | None = None
+        self.permit = permit or Permit()
 
     def announce(self, kept: Tensor, next_position: Tensor | None, length: int) -> None:
         """Called before the layer runs: `kept` and `next` as they will be afterwards, and the logical length added."""
         self._announced, self.running = (kept, next_position, length), True
 
+    @property
+    def state(self) -> tuple[int, int, int, int]:
+        """The same for layers that hold the same slots."""
+        return id(self._kept), self._added, self._dropped, self.total
+
+    def slots(self) -> Tensor | None:
+        """(B, n) logical slot of each stored key, -1 for a filler of a ragged batch; None: nothing is stored."""
+        kept = self._kept
+        if kept is None or not (self._added or self._dropped):
+            return kept
+        new = torch.arange(self.total - self._added, self.total, device=kept.device)
+        return torch.cat([kept, new.expand(kept.shape[0], -1)], 1)[:, self._dropped :]
+
+    @property
+    def kept(self) -> Tensor | None:
+        """`slots()`, made once."""
+        self.kept = self.slots()
+        return self._kept
+
+    @kept.setter
+    def kept(self, kept: Tensor | None) -> None:
+        self._next, self._kept, self._added, self._dropped = self.next, kept, 0, 0
+
+    @property
+    def next(self) -> Tensor | None:
+        """(B, 1) position of the next token in this layer, None where the model's own positions hold."""
+        return self._next if self._next is None or not self._added else self._next + self._added
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self._announced is None:
+        if self._announced is not None:
+            (self._kept, self._next, length), self._announced = self._announced, None
+            self._added = self._dropped = 0
+        elif self.permit.granted:
+            length = key_states.shape[-2]
+            self._added += length
+        else:
             raise RuntimeError(
                 "this KV cache holds reduced prompts: use it only while the reduction that filled it is applied"
             )
-        (self.kept, self.next, length), self._announced = self._announced, None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.total += length
         if self.until is not None:
-            self.until = pad(self.until, (0, self.kept.shape[1] - self.until.shape[1]), value=SEEN_BY_ALL)
+            self.until = pad(self.until, (0, self.physical_length() - self.until.shape[1]), value=SEEN_BY_ALL)
         if not self.record_past:
             self._evict()
         return keys, values
 
     def _evict(self) -> None:
         # In stored order the window is never shorter than in logical order: what leaves is out of the window for sure.
-        if self.sliding_window is None or self.kept is None or self.keys is None or self.values is None:
+        if self.sliding_window is None or self.keys is None or self.values is None:
             return
-        first = self.kept.shape[1] - (self.sliding_window - 1)
+        first = self.keys.shape[-2] - (self.sliding_window - 1)
         if first > 0:
             self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
-            self.kept = self.kept[:, first:]
+            self._dropped += first
             self.until = None if self.until is None else self.until[:, first:]
 
     def activate_past_recording(self) -> None:
@@ -98,29 +172,30 @@ class LogicalLayer(DynamicLayer):
         return 0 if self.keys is None else self.keys.shape[-2]
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.kept is None:
+        kept = self.kept
+        if kept is None:
             return
         # A positive number is the length to be left: all that transformers before 5.15 asked for.
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.total - tokens_to_remove)
         if not removed:
             super().crop(0)
         else:
-            gone = (self.kept >= self.total - removed).sum(1)
+            gone = (kept >= self.total - removed).sum(1)
             stored = int(gone.max())
-            if int(gone.min()) != stored or bool((self.kept[:, self.kept.shape[1] - stored :] < 0).any()):
+            if int(gone.min()) != stored or bool((kept[:, kept.shape[1] - stored :] < 0).any()):
                 raise UnsupportedError("the cache cannot be cropped into a reduced prompt")
             if stored:
                 super().crop(-stored)
-                self.kept = self.kept[:, : self.kept.shape[1] - stored]
-                self.until = None if self.until is None else self.until[:, : self.kept.shape[1]]
-            self.next = None if self.next is None else self.next - removed
+                self.kept = kept[:, : kept.shape[1] - stored]
+                self.until = None if self.until is None else self.until[:, : kept.shape[1] - stored]
+            self._next = None if self._next is None else self._next - removed
             self.total -= removed
         self._evict()
 
     def reset(self) -> None:
         super().reset()
-        self.kept, self.next, self.total, self.filled, self._announced = None, None, 0, False, None
-        self.until = None
+        self._kept, self._next, self._added, self._dropped = None, None, 0, 0
+        self.total, self.filled, self._announced, self.until = 0, False, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -135,8 +210,8 @@ class LogicalLayer(DynamicLayer):
         self._rows(lambda t: t[indices])
 
     def _rows(self, change) -> None:
-        self.kept = None if self.kept is None else change(self.kept)
-        self.next = None if self.next is None else change(self.next)
+        self._kept = None if self._kept is None else change(self._kept)
+        self._next = None if self._next is None else change(self._next)
         self.until = None if self.until is None else change(self.until)
 
 
@@ -163,8 +238,8 @@ class _Hybrid(_Counting, LinearAttentionAndFullAttentionLayer):  # type: ignore[
 class _Reference(LogicalLayer):
     """A sliding window over what follows the first pass, of which nothing leaves the window (Unlimited-OCR)."""
 
-    def __init__(self, sliding_window: int | None = None):
-        super().__init__(sliding_window)
+    def __init__(self, sliding_window: int | None = None, permit: Permit | None = None):
+        super().__init__(sliding_window, permit)
         self._layer_type = REFERENCE  # of the instance: transformers registers a class that has one
         self.prefill_length: int | None = None
         self.prompt = 0
@@ -229,7 +304,12 @@ def check_cache(cache: Cache | None) -> None:
             raise UnsupportedError(f"a cache of {kind.__name__} cannot hold reduced prompts; use the dynamic cache")
 
 
-def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:
+def reduced_layers(cache: Any) -> Iterator[LogicalLayer]:
+    """The layers of a cache that hold reduced prompts."""
+    return (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, LogicalLayer))
+
+
+def logical_layer(cache: DynamicCache, layer: int, permit: Permit) -> LogicalLayer:
     """The `LogicalLayer` at `layer`, put in place of a plain or sliding one; what that one holds is adopted."""
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -239,7 +319,7 @@ def logical_layer(cache: DynamicCache, layer: int) -> LogicalLayer:
     kind = _kind_for(type(current))
     assert kind is not None  # check_cache has seen to it
     assert isinstance(current, DynamicLayer)
-    total, new = current.get_seq_length(), kind(getattr(current, "sliding_window", None))
+    total, new = current.get_seq_length(), kind(getattr(current, "sliding_window", None), permit)
     vars(new).update(vars(current))
     first = 0
     if isinstance(new, _Reference):  # transformers keeps the prompt by itself

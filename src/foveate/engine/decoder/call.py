@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...reduction import UnsupportedError
+from .cache import Permit
 from .forward_pass import ForwardPass
 
 __all__ = ["Call", "carries_images", "chunk_size", "prompt_length", "refuse_packing", "tokens_of"]
@@ -38,6 +39,10 @@ class Call:
         round_forward: (B, S) bool, visual slots of a `generate` that goes round the forward of its model.
         reduced: a pass of this call has seen visual slots.
         labels: of the model that runs.
+        decoding: the permit of the reduced cache to which a step of decoding adds a token.
+        past: logical length of the cache before the pass that runs.
+        short: {number of a module: the lazy frame whose rows it was given}.
+        keep_hooks: steps of decoding need hooks on the layers; they stay until the end of the call.
     """
 
     forward_pass: ForwardPass | None = None
@@ -52,6 +57,10 @@ class Call:
     round_forward: Tensor | None = None
     reduced: bool = False
     labels: Tensor | None = None
+    decoding: Permit | None = None
+    past: int = 0
+    short: dict[int, Any] = field(default_factory=dict)
+    keep_hooks: bool = False
 
 
 def carries_images(arguments: Mapping[str, Any]) -> bool:

@@ -27,21 +27,23 @@ class ActiveSet:
         index: (B, n) slot of each row that runs; a filler points at an inactive slot of its own row.
         valid: (B, n) bool, False for fillers; None if there are none.
         real: (tokens,) long, places in (B * n) that are no fillers; None if all are real.
+        tail: slots at the end of the frame that are computed in every row.
     """
 
     keep: Tensor
     index: Tensor
     valid: Tensor | None
     real: Tensor | None
+    tail: int = 0
     _on: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, keep: Tensor, shortest: int, longest: int, total: int) -> ActiveSet:
-        """From a mask (B, S) whose rows have `shortest` to `longest`, together `total`, True slots."""
+    def of(cls, keep: Tensor, shortest: int, longest: int, total: int, tail: int = 0) -> ActiveSet:
+        """From a mask (B, S): `shortest` to `longest` True slots in a row, `total` in all, `tail` at the end."""
         index, valid = true_indices(keep, longest)
         if shortest == longest:
-            return cls(keep, index, None, None)
-        return cls(keep, index, valid, true_indices(valid.view(1, -1), total)[0][0])
+            return cls(keep, index, None, None, tail)
+        return cls(keep, index, valid, true_indices(valid.view(1, -1), total)[0][0], tail)
 
     @property
     def size(self) -> int:
@@ -63,15 +65,12 @@ def take_rows(frame: Tensor, active: ActiveSet) -> Tensor:
     return rows.view(*active.index.shape, *frame.shape[2:])
 
 
-def put_rows(frame: Tensor, active: ActiveSet, rows: Tensor, in_place: bool) -> Tensor:
-    """Write rows (B, n, ...) back into a frame (B, S, ...); in place only where nobody else holds the frame."""
+def put_rows(frame: Tensor, active: ActiveSet, rows: Tensor) -> Tensor:
+    """A frame (B, S, ...) with rows (B, n, ...) in their places, a new tensor."""
     index, rows = active.flat(rows.device), rows.flatten(0, 1)
     if active.real is not None:  # removed slots stay as they were
         real = active.real.to(rows.device)
         index, rows = index[real], rows.index_select(0, real)
-    if in_place:
-        frame.view(-1, *frame.shape[2:]).index_copy_(0, index, rows)
-        return frame
     frame = frame.to(rows.device)
     return frame.flatten(0, 1).index_copy(0, index, rows).view(frame.shape)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,11 +25,15 @@ from ..layout import build_layout
 from ..session import Session
 from ..vision.merging import TowerReduction
 from ..vision.reader import VisionReader
-from .cache import LogicalLayer, check_cache
+from .cache import check_cache
 from .call import Call, carries_images, chunk_size, prompt_length, refuse_packing, tokens_of
+from .ends import Ends
 from .forward_pass import ForwardPass
+from .hooks import PassingHooks
+from .lane import laid_out
 from .slots import checked_visual, required_slots, visual_slots
 from .stages import Stages
+from .steps import Steps
 from .taps import places_of, tap_attention
 
 __all__ = ["DecoderSession"]
@@ -54,6 +59,7 @@ class DecoderSession(Session):
         self.anatomy = replace(resolve(model, text_only=visual is not None), numbered=numbered)
         self._facts = self.anatomy.without_weights()  # a kept trace must not keep the model
         super().__init__(self.anatomy.decoder)
+        self._local = _OfThread()
         self._vision: VisionReader | None = None
         self._tower: TowerReduction | None = None
         try:
@@ -67,18 +73,25 @@ class DecoderSession(Session):
     @property
     def _call(self) -> Call:
         """The calling thread's own."""
-        if not hasattr(self._local, "call"):
-            self._local.call = Call()
         return self._local.call
 
     def _end(self, what: str) -> bool:
         outermost = super()._end(what)
         if outermost:  # nothing of a finished call is kept but its trace
             self._local.call = Call()
+            self._layers.take_out()
             for part in (self._vision, self._tower):
                 if part is not None:
                     part.clear()
         return outermost
+
+    def _finish(self, what: str, output: Any) -> Any:
+        """The model, its base or its decoder is done; the last of them hands out ordinary tensors."""
+        self._end(what)
+        if self._runs() <= {"generate"}:
+            self._ends.take_out()
+            return laid_out(output)
+        return output
 
     # ------------------------------------------------------------------------------------------------ installing
     def _install(self) -> None:
@@ -90,10 +103,9 @@ class DecoderSession(Session):
             undo.hook(parts.base, self._base_done, always_call=True)
         undo.pre_hook(parts.decoder, self._decoder_called, with_kwargs=True)
         undo.hook(parts.decoder, self._decoder_done, always_call=True)
-        for i, layer in enumerate(parts.layers):
-            undo.pre_hook(layer, functools.partial(self._layer_called, i), with_kwargs=True)
-            # First in line, so that every other hook sees the full frame.
-            undo.hook(layer, functools.partial(self._layer_done, i), prepend=True)
+        self._layers = PassingHooks(undo, parts.layers, self._layer_called, self._layer_done)
+        self._steps = Steps(undo, parts, self._layers, lambda: self._call)
+        self._ends = Ends(undo, parts, lambda: self._call)
         self._places = places_of(reducer, parts)
         read = {self._places.get(stage, stage) for stage, spec in reducer.taps.items() if spec.queries is not None}
         for i in sorted(read):
@@ -200,12 +212,13 @@ class DecoderSession(Session):
         elif self._begin("model"):
             self._call.labels = kwargs.get("labels")
 
-    def _model_done(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _model_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if module is self.anatomy.base:
-            self._base_done(module, args, output)
-        elif not self._closed:
-            self._call.labels = None
-            self._end("model")
+            return self._base_done(module, args, output)
+        if self._closed:
+            return None
+        self._call.labels = None
+        return self._finish("model", output)
 
     def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         _refuse_compiling()
@@ -219,21 +232,22 @@ class DecoderSession(Session):
         if unseen and carries_images(kwargs):
             call.placeholders = self.anatomy.placeholders_in(call.given)
 
-    def _base_done(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _base_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._closed:
-            return
+            return None
         call = self._call
         unseen = output is not None and carries_images(call.given) and not call.reduced
         if unseen and call.placeholders is not None:  # Phi-4-multimodal is handed the prompt's pixels at every step
             unseen = bool(call.placeholders.any())
         call.given, call.placeholders, call.inside = {}, None, False
-        self._end("base")
+        output = self._finish("base", output)
         if unseen:
             raise UnsupportedError(
                 f"{type(self.anatomy.model).__name__} was given images, but its decoder was never shown where they "
                 "stand, so nothing was removed (is forward or get_placeholder_mask replaced?); "
                 "say it by visual=BoolTensor (B, S)"
             )
+        return output
 
     # ------------------------------------------------------------------------------------------------- the decoder
     def _decoder_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -274,24 +288,23 @@ class DecoderSession(Session):
         )  # fmt: skip
         required = required_slots(call.labels, visual, length)
         call.forward_pass = ForwardPass(
-            self.anatomy, rows, length, past, tokens, stages, cache, self._exclusive, required
+            self.anatomy, rows, length, past, tokens, stages, cache, self._lane, required
         )  # fmt: skip
+        self._layers.put_in()
+        self._ends.put_in()
         shared = min(self.anatomy.shared_keys, default=self.anatomy.depth)
         if "logits_to_keep" in kwargs and any(self._places.get(s, s) >= shared for s in self.reducer.stages):
             return args, {**kwargs, "logits_to_keep": 0}  # else these stages would be shown the last tokens only
         return None
 
     def _text_called(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> None:
-        """A pass without images; over a reduced cache it still needs to know what is left."""
         call = self._call
         if not call.generating and (not past or length > 1):
             self._record(None)
-        if any(isinstance(layer, LogicalLayer) for layer in getattr(cache, "layers", ())):
-            tokens = torch.ones(rows, length, dtype=torch.bool, device=device)
-            call.forward_pass = ForwardPass(self.anatomy, rows, length, past, tokens, cache=cache)
+        self._steps.begin(cache, rows, length, past, device)
 
-    def _exclusive(self) -> frozenset[int]:
-        """Layers whose output only the next layer will see: their frame may be overwritten by it.
+    def _lane(self) -> frozenset[int]:
+        """Layers behind which the hidden states may stay short.
 
         Raises:
             UnsupportedError: something is recorded in the layers that has no meaning for removed tokens.
@@ -304,41 +317,52 @@ class DecoderSession(Session):
                 f"would be wrong; call the model with output_{strange}=False"
             )
         watched_by_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-        kept = self.anatomy.keeps_inputs or watched_by_all or "hidden_states" in collected
-        if torch.is_grad_enabled() or kept:
+        if self.anatomy.streams is not None or watched_by_all or "hidden_states" in collected:
             return frozenset()
-        layers, ours = self.anatomy.layers, self._undo.hooks
-        return frozenset(
-            i for i in range(len(layers) - 1) if not (_watched(layers[i], ours) or _watched(layers[i + 1], ours))
-        )
+        depth = range(self.anatomy.depth)
+        if not torch.is_grad_enabled():
+            return frozenset(depth)
+        # An autograd function in somebody's hook (FSDP) takes a tensor as it is.
+        watched = {i for i in depth if _watched(self.anatomy.layers[i], self._undo.hooks)}
+        return frozenset(i for i in depth if i not in watched and i + 1 not in watched)
 
     def _decoder_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._closed:
-            return
+            return None
         call = self._call
         done, call.forward_pass = call.forward_pass, None
+        self._steps.end()
+        if not call.keep_hooks:
+            self._layers.take_out()
         trace = done.finish() if done is not None and output is not None else None
         if trace is not None and self._tower is not None:
             trace.tower = list(self._tower.calls)
         if trace is not None:
             self._record(trace)
-        self._end("decoder")
         if done is not None and done.first_frame is not None:
             _show_whole_prompt(output, done.first_frame)
+        return self._finish("decoder", output)
 
     # --------------------------------------------------------------------------------------------------- the layers
-    def _layer_called(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        now = self._call.forward_pass
-        return None if now is None else now.enter(layer, module, args, kwargs)
+    def _layer_called(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
+        now = self._local.call.forward_pass
+        return None if now is None or kwargs is None else now.enter(layer, module, args, kwargs)
 
     def _layer_done(self, layer: int, module: nn.Module, args: tuple, output: Any) -> Any:
-        now = self._call.forward_pass
+        now = self._local.call.forward_pass
         return None if now is None else now.leave(layer, output)
 
     def _attending(self, layer: int, *call: Any) -> None:
         now = self._call.forward_pass
         if now is not None:
             now.listen(layer, *call)
+
+
+class _OfThread(threading.local):
+    """What belongs to one thread."""
+
+    def __init__(self) -> None:
+        self.call = Call()
 
 
 def _watched(layer: nn.Module, ours: frozenset[int]) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ...reduction import UnsupportedError
 from ..trace import Trace
-from .cache import SEEN_BY_ALL, LogicalLayer, logical_layer
+from .cache import SEEN_BY_ALL, LogicalLayer, Permit, logical_layer
 from .frame import ActiveSet
 from .masks import Reach
 
@@ -102,12 +102,12 @@ class SharedKeys:
         asked = index if active is not None else None
         return Reach(keys, index + past, asked, valid, filled, past, self._length, window)
 
-    def remember(self, cache: Any, trace: Trace, active: ActiveSet) -> None:
+    def remember(self, cache: Any, permit: Permit, trace: Trace, active: ActiveSet) -> None:
         """After the pass: write into the cache which later layer is the first that must not see a key."""
         for source, (_, before, _) in self._ran.items():
             if before is active:
                 continue
-            layer = logical_layer(cache, source)
+            layer = logical_layer(cache, source, permit)
             kept = layer.kept
             if kept is None:
                 continue

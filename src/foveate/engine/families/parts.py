@@ -244,6 +244,14 @@ class Anatomy:
         return keyless(self.layers, self.config)
 
     @cached_property
+    def layer_kinds(self) -> tuple[Any, ...]:
+        """What the engine must know of each layer to hand it what it handed another one; of no use to compare else."""
+        return tuple(
+            (window, i in self.keyless, i if i in self.shared_keys else None)
+            for i, window in enumerate(self.sliding_windows)
+        )
+
+    @cached_property
     def keeps_inputs(self) -> bool:
         """Whether the decoder keeps hidden states that went into a layer: they may not be overwritten."""
         return keeps_inputs(self.layers)

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from foveate.measure.launches import Launches
-from tests.families import DECODER, FAMILIES, inputs, spread_weights, visual_slots
+from tests.families import DECODER, FAMILIES, inputs, spread_weights
 from tests.reference.checks import TOLERANCE, build_once, largest
 from tests.reference.masked import MaskedReference
 from tests.reference.plans import Fixed, all_removed, draw_removed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import foveate
 from foveate.engine.compat import CACHE_NAME, returned_cache
 from foveate.engine.decoder.frame import ActiveSet, put_rows, take_rows
 from foveate.engine.decoder.lane import LazyFrame, laid_out, short_rows
+from foveate.measure.launches import Launches
 
 KEEP = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 0]], dtype=torch.bool)
 RAGGED = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1]], dtype=torch.bool)
@@ -54,11 +55,11 @@ def test_what_can_be_said_without_the_frame_is(fact: Callable[[Tensor], Any]):
 @pytest.mark.parametrize(
     "look",
     [
-        lambda x: x + 1, lambda x: x.clone(), lambda x: x[0], lambda x: x[:, 1], lambda x: x[:, -3:], lambda x: x[:, 1:],
+        lambda x: x + 1, lambda x: x.clone(), lambda x: x[0], lambda x: x[:, 1], lambda x: x[:, -3:],
         lambda x: x[KEEP], lambda x: torch.cat([x, x]), lambda x: nn.functional.linear(x, torch.ones(4, 3)),
         lambda x: torch.from_numpy(x.numpy()), lambda x: torch.tensor(x.tolist()), lambda x: x.to(torch.float64),
-        copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: torch.stack([x, x], 0), lambda x: x.mean(-1),
-        lambda x: nn.LayerNorm(3)(x).detach(), lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False),
+        copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: torch.stack([x, x], 0), lambda x: x[:, 1:],
+        lambda x: nn.LayerNorm(3)(x).detach(), lambda x: checkpoint(torch.sin, x, use_reentrant=False),
         lambda x: [*x][1], lambda x: torch.where(x > 0, x, 0), lambda x: x.view(12, 3), lambda x: x.data,
     ],
 )  # fmt: skip
@@ -122,7 +123,9 @@ def test_gradients_go_through_the_rows():
     assert torch.equal(gradient(True), gradient(False))
 
 
-def test_what_goes_round_torch_functions_is_refused_where_it_would_cut_the_graph():
+def test_gradients_that_would_be_lost_are_refused():
+    """An autograd function takes a tensor as it is."""
+
     class Same(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -135,8 +138,10 @@ def test_what_goes_round_torch_functions_is_refused_where_it_would_cut_the_graph
     base = torch.randn(2, 6, 3, requires_grad=True)
     active = ActiveSet.of(KEEP, 4, 4, 8)
     lazy = LazyFrame(take_rows(base, active), active, base)
-    with pytest.raises(foveate.UnsupportedError, match="forward hook on the layer"):
-        laid_out(Same.apply(lazy)).sin()
+    with pytest.raises(foveate.UnsupportedError, match="gradients would be lost"):
+        Same.apply(lazy).sin().sum().backward()
+    with pytest.raises(foveate.UnsupportedError, match="use_reentrant=False"):
+        checkpoint(torch.sin, lazy, use_reentrant=True).sum().backward()
     with torch.no_grad():
         assert torch.equal(laid_out(Same.apply(lazy)), base)
 
@@ -150,9 +155,9 @@ def _decoder(depth: int) -> tuple[Any, dict[str, Tensor], Tensor]:
     return model, {"inputs_embeds": embeds, "use_cache": True, "logits_to_keep": 1}, visual
 
 
-def _kernels(run: Callable[[], Any]) -> int:
+def _kernels(model: Any, **inputs: Any) -> int:
     with Launches() as found:
-        run()
+        model(**inputs)
     return found.kernels.total()
 
 
@@ -166,12 +171,11 @@ def test_a_layer_between_stages_costs_no_kernel_and_a_step_of_decoding_none_at_a
         gone = visual & (torch.arange(60) % 9 > 0)
         short = {**prompt, "inputs_embeds": prompt["inputs_embeds"][:, ~gone[0]]}
 
-        def step(cache: Any, model: Any = model) -> int:
-            return _kernels(lambda: model(input_ids=token, use_cache=True, **{CACHE_NAME: cache}))
-
-        plain = _kernels(lambda: model(**short)), step(returned_cache(model(**short)))
+        step = {"input_ids": token, "use_cache": True}
+        plain = _kernels(model, **short), _kernels(model, **step, **{CACHE_NAME: returned_cache(model(**short))})
         with foveate.apply(model, Fixed({stage: gone}), visual=visual):
-            reduced = _kernels(lambda: model(**prompt)), step(returned_cache(model(**prompt)))
+            cache = returned_cache(model(**prompt))
+            reduced = _kernels(model, **prompt), _kernels(model, **step, **{CACHE_NAME: cache})
         assert reduced[1] == plain[1], "decoding"
         added.append(reduced[0] - plain[0])
     assert added[0] == added[1], "prefill"
@@ -213,6 +217,8 @@ def test_a_step_of_decoding_finds_no_hooks_on_the_layers(stage: int):
 def test_a_mask_that_comes_in_the_midst_of_decoding_counts(name: str):
     """Steps without a mask and steps whose mask hides words of the prompt, one after the other."""
     model = build_once(name)
+    if hasattr(model.base_model, "get_rope_index"):
+        pytest.skip("counts positions of later steps by the mask that it is given")
     prompt = {key: value for key, value in inputs(name, model, batch=1).items() if key != "attention_mask"}
     removed = draw_removed(prompt["input_ids"], {-1: [8], 1: [4]})
     length = prompt["input_ids"].shape[1]
@@ -236,16 +242,18 @@ def test_a_mask_that_comes_in_the_midst_of_decoding_counts(name: str):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", BY_FAMILY)
-def test_the_head_runs_on_rows_that_are_left(name: str, batch: int):
+def test_the_head_runs_on_rows_that_are_left(name: str, batch: int, monkeypatch: pytest.MonkeyPatch):
     """With labels and without; logits have the promised shape, those of removed slots are 0."""
     model = build_once(name)
     prompt = inputs(name, model, batch=batch)
     counts = {-1: [8, 9][:batch], 1: [4, 7][:batch]}
     removed = draw_removed(prompt["input_ids"], counts)
     tokens = prompt["attention_mask"].bool()
-    labels = prompt["input_ids"].masked_fill(visual_slots(prompt["input_ids"]) | ~tokens, -100)
+    labels = prompt["input_ids"].masked_fill(torch.arange(tokens.shape[1]) < tokens.shape[1] - 3, -100)
     ran: list[int] = []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: ran.append(args[0].shape[1]))
+    head = model.get_output_embeddings()
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: ran.append(states.shape[1]) or forward(states))
     with MaskedReference(model, removed):
         expected = model(**prompt, labels=labels)
     with foveate.apply(model, Fixed(removed)) as session:
@@ -253,19 +261,15 @@ def test_the_head_runs_on_rows_that_are_left(name: str, batch: int):
         plain, trained = model(**prompt), model(**prompt, labels=labels)
         with torch.no_grad():
             seen = model(**prompt, labels=labels)
-    handle.remove()
     longest = int((tokens & ~all_removed(removed)).sum(1).max())
     assert session.trace is not None
-    assert max(ran) <= longest + 2, "tokens that predict a label stay"
+    assert ran == [longest] * 3
     kept = tokens & ~all_removed(removed)
     for output in (plain, trained, seen):
         assert type(output.logits) is Tensor
         assert output.logits.shape == expected.logits.shape
-        assert largest((output.logits - expected.logits)[kept & ~_predicts(labels)]) <= TOLERANCE
+        assert largest((output.logits - expected.logits)[kept]) <= TOLERANCE
     assert not plain.logits[all_removed(removed)].any()
     assert torch.equal(trained.loss, seen.loss)
+    assert largest(trained.loss - expected.loss) <= TOLERANCE
     assert trained.loss.requires_grad
-
-
-def _predicts(labels: Tensor) -> Tensor:
-    return torch.nn.functional.pad(labels[:, 1:] >= 0, (0, 1))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import foveate
 from foveate.engine.decoder import cache, forward_pass, frame, lane, layer_inputs, masks, session, taps
+from foveate.engine.decoder.session import DecoderSession
 from foveate.reduction import TapSpec
 
 Patch = Callable[[pytest.MonkeyPatch], None]

@@ -22,13 +22,12 @@ _FACTS = {
     getattr(Tensor, name).__get__
     for name in (
         "shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "is_cuda", "is_mps", "is_xpu", "is_sparse",
-        "is_meta", "is_quantized",
+        "is_meta", "is_quantized", "requires_grad",
     )
 }  # fmt: skip
 _FACTS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.__len__}
 _FACTS |= {Tensor.is_floating_point, Tensor.is_complex}
 """What is answered without the frame."""
-_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__get__
 _BY_NUMBER = {
     Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, Tensor.div, Tensor.__truediv__, torch.div, Tensor.tanh,
     torch.tanh, Tensor.float,
@@ -54,8 +53,13 @@ class LazyFrame(Tensor):
     def __new__(cls, rows: Tensor, active: ActiveSet, base: Tensor | Callable[[], Tensor]) -> LazyFrame:
         shape = (*active.keep.shape, *rows.shape[2:])
         # A wrapper without memory of its own: what goes round Python fails, it cannot read rubbish.
-        frame = Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype, device=rows.device)
+        frame = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=rows.dtype, device=rows.device, requires_grad=rows.requires_grad
+        )
         frame.__dict__.update(rows=rows, active=active, full=None, _others=base)
+        if rows.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                frame.register_hook(_lost)
         return frame
 
     @property
@@ -86,13 +90,14 @@ class LazyFrame(Tensor):
             if function in _FACTS:
                 with torch._C.DisableTorchFunctionSubclass():
                     return function(*args, **kwargs)
-            if function == _REQUIRES_GRAD:
-                return first.rows.requires_grad
             if function is Tensor.__getitem__:
                 part = _end_of(first, args[1])
                 if part is not None:
                     return part
-            if function in _BY_NUMBER and not kwargs and all(isinstance(other, int | float) for other in args[1:]):
+            numbers = not kwargs and all(isinstance(other, int | float) for other in args[1:])
+            # Without a graph of its own, inside an autograd function, the result must be an ordinary tensor.
+            alive = torch.is_grad_enabled() or not first.rows.requires_grad
+            if function in _BY_NUMBER and numbers and alive:
                 return first.each_row(lambda rows: function(rows, *args[1:]))
             if function is Tensor.to and _stays(first, args[1:], kwargs):
                 return first
@@ -103,15 +108,18 @@ class LazyFrame(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Reached by what does not ask `__torch_function__` (autograd functions): too late for a graph."""
-        if torch.is_grad_enabled():
-            raise UnsupportedError(
-                f"{func} takes the hidden states between two decoder layers out of sight of PyTorch's Python "
-                "functions (reentrant checkpointing around a layer does); leave it out, or put a forward hook on the "
-                "layer, so that its whole frame is laid out"
-            )
+        """Reached by what does not ask `__torch_function__`."""
         args, kwargs = tree_map_only(LazyFrame, LazyFrame.lay_out, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _lost(gradient: Tensor) -> None:
+    """A gradient arrives at a lazy frame itself: what it was given to did not ask `__torch_function__`."""
+    raise UnsupportedError(
+        "an autograd function (reentrant checkpointing around a layer is one) was handed the hidden states between two "
+        "decoder layers as they are, so that gradients would be lost; use checkpointing with use_reentrant=False, or "
+        "put a forward hook on the layer, which makes it hand on ordinary tensors"
+    )
 
 
 def _end_of(frame: LazyFrame, index: Any) -> Tensor | None:

@@ -99,7 +99,7 @@ class LogicalLayer(DynamicLayer):
 
     def announce(self, kept: Tensor, next_position: Tensor | None, length: int) -> None:
         """Called before the layer runs: `kept` and `next` as they will be afterwards, and the logical length added."""
-        self._announced, self.running = (kept, next_position, length), True
+        self._announced = (kept, next_position, length)
 
     @property
     def state(self) -> tuple[int, int, int, int]:

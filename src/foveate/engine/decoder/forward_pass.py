@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from ...ops.host import to_host
 from ...ops.select import put_tokens
 from ...reduction import BEFORE_LAYERS, Positions, Tap, TapSpec
 from ..compat import given_cache
@@ -66,7 +68,7 @@ class ForwardPass:
 
     def __post_init__(self) -> None:
         self._due = {} if self.stages is None else self.stages.due
-        self.inputs = LayerInputs(self.anatomy, self.rows, self.length, self.past, self.tokens.device)
+        self.inputs = LayerInputs(self.anatomy, self.rows, self.length, self.past, self.tokens.device, tuple(self._due))
 
     @property
     def active(self) -> ActiveSet | None:
@@ -91,15 +93,18 @@ class ForwardPass:
             hidden = laid_out(hidden)
         self._frame = hidden if rows is None else hidden.base
         self.cache = given_cache(args, kwargs)
-        names = positional_names(module, len(args) - 1) if len(args) > 1 else ()
-        others = {**dict(zip(names, args[1:])), **kwargs}
-        others.pop("hidden_states", None)
+        names: tuple[str, ...] = ()
+        others = kwargs
+        if len(args) != 1:
+            names = positional_names(module, len(args) - 1) if args else ()
+            others = {**dict(zip(names, args[1:])), **kwargs}
+            others.pop("hidden_states", None)
         tokens = self.length if rows is not None else self._tokens_of(hidden)
         handed = self.inputs.of(layer, others, self.cache, hidden if rows is None else rows, tokens)
         self._reach, self._embeddings = handed.reach, handed.rope
-        if handed.reach is not None and self.cache is not None:
-            stored = self.cache.layers[layer] if layer < len(self.cache.layers) else None
-            self._running = stored if isinstance(stored, LogicalLayer) else None
+        self._running = self.inputs.counting
+        if self._running is not None:
+            self._running.running = True
         if handed.arguments is None:
             return None if hidden is given else _with_hidden(args, kwargs, hidden)
         if tokens != self.length:
@@ -175,7 +180,7 @@ class ForwardPass:
         """Attention of a tapped decoder layer passes: read the rows its stage asks for."""
         if self.stages is not None:
             for stage, spec in self.stages.read_in(layer):
-                wanted = _widen(self.stages.rows(spec, self._active()[:, : self.prompt]), self.length, False)
+                wanted = _widen(self.stages.rows(spec, self._active()[:, : self.prompt]), self.length)
                 self.stages.heard(stage, self._read(spec, wanted, module, query, key, mask, kwargs))
 
     def _read(
@@ -208,26 +213,28 @@ class ForwardPass:
         return hidden
 
     def _remove(self, keep: Tensor, positions: Positions) -> None:
-        keep = _widen(keep.to(self.tokens.device), self.length, True) & self._active()
+        device, prompt = self.tokens.device, self.prompt
+        masks = [keep.to(device), self.tokens[:, :prompt], self._active()]
+        masks += [] if self.stages is None else [self.stages.visual]
+        masks += [] if self.required is None else [self.required]
+        # The one device sync of a stage; what follows from it is found out on the host.
+        asked, tokens, active, *others = to_host(*masks)
+        stays = active.copy()
+        stays[:, :prompt] &= asked
         if self.required is not None:
-            keep = keep | (self.required & self._active())
-        prompt = self.tokens[:, : self.prompt]
-        last = _widen(prompt & (prompt.flip(1).cumsum(1).flip(1) == 1), self.length, False)
-        if self.stages is not None:  # a prompt that ends with its image: the answer begins at this slot
-            keep = keep | (last & _widen(self.stages.visual, self.length, False) & self._active())
-        count, gone = keep.sum(1), self._active() & ~keep
-        tail = ((~keep).flip(1).cumsum(1) == 0).sum(1).min()
-        # The one device sync of a stage.
-        shortest, longest, total, tail, removed, last_gone = torch.stack(
-            [count.min(), count.max(), count.sum(), tail, gone.any().long(), (gone & last).any().long()]
-        ).tolist()
-        if not removed:
+            stays |= others.pop() & active
+        rows = np.arange(len(tokens))
+        last = prompt - 1 - tokens[:, ::-1].argmax(1)
+        if others:  # a prompt that ends with its image: the answer begins at this slot
+            stays[rows, last] |= others[0][rows, last] & active[rows, last]
+        gone = active & ~stays
+        if not gone.any():
             return  # not even padding is dropped: bitwise the unreduced model
-        if last_gone:
+        if (gone[rows, last] & tokens[rows, last]).any():
             raise ValueError("a decision removed the last token of a row; its logits are needed")
-        self.inputs.shorten(ActiveSet.of(keep, shortest, longest, total, tail))
+        self.inputs.shorten(ActiveSet.of(stays, device))
         if positions != "keep":
-            self.inputs.renumber(keep, count)
+            self.inputs.renumber()
 
 
 def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
@@ -236,6 +243,6 @@ def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[t
     return args, {**kwargs, "hidden_states": hidden}
 
 
-def _widen(mask: Tensor, length: int, value: bool) -> Tensor:
+def _widen(mask: Tensor, length: int) -> Tensor:
     missing = length - mask.shape[1]
-    return mask if missing == 0 else nn.functional.pad(mask, (0, missing), value=value)
+    return mask if missing == 0 else nn.functional.pad(mask, (0, missing), value=False)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops.select import true_indices
+from ...ops.host import to_device
 from ...reduction import UnsupportedError
 
 __all__ = ["ActiveSet", "put_rows", "take_rope", "take_rows"]
@@ -38,12 +39,19 @@ class ActiveSet:
     _on: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, keep: Tensor, shortest: int, longest: int, total: int, tail: int = 0) -> ActiveSet:
-        """From a mask (B, S): `shortest` to `longest` True slots in a row, `total` in all, `tail` at the end."""
-        index, valid = true_indices(keep, longest)
-        if shortest == longest:
-            return cls(keep, index, None, None, tail)
-        return cls(keep, index, valid, true_indices(valid.view(1, -1), total)[0][0], tail)
+    def of(cls, keep: np.ndarray, device: torch.device) -> ActiveSet:
+        """From a mask (B, S) on the host: a dozen kernels would find out the same."""
+        counts = [np.count_nonzero(row) for row in keep]
+        longest, gaps = max(counts), (~keep).any(axis=0).nonzero()[0]
+        tail = keep.shape[1] - int(gaps[-1]) - 1 if len(gaps) else keep.shape[1]
+        on_device = to_device(keep, device)
+        if min(counts) == longest:
+            index = keep.nonzero()[1].reshape(len(keep), longest)
+            return cls(on_device, to_device(index, device), None, None, tail)
+        index = keep.argsort(axis=1, kind="stable")[:, keep.shape[1] - longest :]
+        valid = np.take_along_axis(keep, index, 1)
+        real = valid.reshape(-1).nonzero()[0]
+        return cls(on_device, to_device(index, device), to_device(valid, device), to_device(real, device), tail)
 
     @property
     def size(self) -> int:

@@ -3,15 +3,21 @@
 The ceiling ("reachable") is not the FLOPs ratio, since short sequences run at lower efficiency, but the unpatched
 layers on a physically shorter sequence: for removal before layer 0 the unpatched model on the shorter prompt, for
 removal inside the decoder a hand-written loop over its layers that cuts the hidden states. Random weights: this
-measures speed, never accuracy. Process CPU time of one thread, runs interleaved in random order, minimum and median of
-paired ratios.
+measures speed, never accuracy. Process CPU time of one thread, runs interleaved in random order, medians of paired
+ratios.
 
-    python benchmarks/speed.py --repeats 12 --json benchmarks/results/speed.json
+Parts: `reach` (prefill against the ceiling), `decode` (a token, big layers), `fixed` (what the engine costs a layer,
+where layers are so small that nothing else is seen: hidden size 64, 24 layers), `training` (a step with a vocabulary of
+32,000: its time, and the bytes saved for the backward pass), `memory` (peak RSS of a prefill, one process each).
+
+    python benchmarks/speed.py --repeats 12 --dtype bfloat16 --json benchmarks/results/speed.json
+    PYTHONPATH=../before/src python benchmarks/speed.py    # another checkout, for a comparison
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import platform
@@ -34,6 +40,7 @@ from foveate.engine.compat import CACHE_NAME, returned_cache
 
 VISUAL, TEXT, PREFIX = 576, 64, 20
 LENGTH = VISUAL + TEXT
+PARTS = ("reach", "decode", "fixed", "training", "memory")
 
 
 class Fixed(foveate.Reducer):
@@ -66,18 +73,18 @@ def cases() -> dict[str, foveate.Reducer]:
     }
 
 
-def decoder(layers: int) -> LlamaForCausalLM:
+def decoder(layers: int, dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=16, vocab_size=1000, max_position_embeddings=4096,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 1000, **options}
+    sizes |= {"num_hidden_layers": layers, "num_key_value_heads": sizes["num_attention_heads"]}
+    config = LlamaConfig(max_position_embeddings=4096, **sizes)
+    return LlamaForCausalLM(config).eval().to(dtype)
 
 
-def prompt() -> tuple[torch.Tensor, torch.Tensor]:
+def prompt(model: LlamaForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (1, S, D) and visual slots (1, S)."""
-    embeds = torch.randn(1, LENGTH, 1024, generator=torch.Generator().manual_seed(1)) * 0.02
+    embeds = torch.randn(1, LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(1)) * 0.02
+    embeds = embeds.to(model.dtype)
     visual = torch.zeros(1, LENGTH, dtype=torch.bool)
     visual[:, PREFIX : PREFIX + VISUAL] = True
     return embeds, visual
@@ -107,9 +114,20 @@ def hand_loop(model: LlamaForCausalLM, embeds: torch.Tensor, lengths: list[int])
     return model.lm_head(decoder.norm(hidden)[:, -1:])
 
 
-def measure(layers: int, repeats: int) -> dict[str, Any]:
-    model = decoder(layers)
-    embeds, visual = prompt()
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
+    """Results of every run, in random order within a round; the first round warms up."""
+    found: dict[str, list[Any]] = {key: [] for key in runs}
+    for repeat in range(repeats + 1):
+        for key in random.Random(repeat).sample(list(runs), len(runs)):
+            result = runs[key]()
+            if repeat:
+                found[key].append(result)
+    return found
+
+
+def measure_reach(model: LlamaForCausalLM, repeats: int) -> dict[str, Any]:
+    """Prefills against their ceilings."""
+    embeds, visual = prompt(model)
 
     def full(inputs: torch.Tensor = embeds) -> Any:
         return model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
@@ -120,7 +138,6 @@ def measure(layers: int, repeats: int) -> dict[str, Any]:
 
     rows = {}
     with torch.inference_mode():
-        full_times = {}
         for name, reducer in cases().items():
             with foveate.apply(model, reducer, visual=visual) as session:
                 full()
@@ -131,15 +148,7 @@ def measure(layers: int, repeats: int) -> dict[str, Any]:
                 ceiling = lambda counts=lengths: hand_loop(model, embeds, counts)  # noqa: E731
             runs = {"full": lambda: cpu_seconds(full), "ceiling": lambda c=ceiling: cpu_seconds(c)}
             runs["reduced"] = lambda r=reducer: patched(r)
-            times: dict[str, list[float]] = {key: [] for key in runs}
-            for repeat in range(repeats + 1):
-                order = list(runs)
-                random.Random(repeat).shuffle(order)
-                for key in order:
-                    seconds = runs[key]()
-                    if repeat:
-                        times[key].append(seconds)
-            full_times[name] = times["full"]
+            times = interleaved(runs, repeats)
             rows[name] = {
                 "entering": sum(lengths) / len(lengths) - TEXT,
                 "full_ms": 1e3 * min(times["full"]),
@@ -150,13 +159,12 @@ def measure(layers: int, repeats: int) -> dict[str, Any]:
                 "speedup_median": statistics.median(f / r for f, r in zip(times["full"], times["reduced"])),
             }
             print(f"{name:32s} " + "  ".join(f"{k} {v:.3f}" for k, v in rows[name].items()), flush=True)
-    return {"rows": rows, "decode": measure_decode(model, embeds, visual, repeats)}
+    return rows
 
 
-def measure_decode(
-    model: LlamaForCausalLM, embeds: torch.Tensor, visual: torch.Tensor, repeats: int
-) -> dict[str, float]:
+def measure_decode(model: LlamaForCausalLM, repeats: int) -> dict[str, float]:
     """Per-token decode: hooks with nothing removed against the unpatched model; 64 kept against a short prompt."""
+    embeds, visual = prompt(model)
 
     def decode(inputs: torch.Tensor, steps: int = 8) -> float:
         cache = returned_cache(model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1))
@@ -180,14 +188,7 @@ def measure_decode(
             "64 kept": lambda: reduced(Fixed(-1, 64)),
             "64 kept after layer 1": lambda: reduced(Fixed(1, 64)),
         }
-        times: dict[str, list[float]] = {key: [] for key in runs}
-        for repeat in range(repeats + 1):
-            order = list(runs)
-            random.Random(repeat).shuffle(order)
-            for key in order:
-                seconds = runs[key]()
-                if repeat:
-                    times[key].append(seconds)
+        times = interleaved(runs, repeats)
     paired = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b]))  # noqa: E731
     out = {f"{key}, ms per token": 1e3 * statistics.median(values) for key, values in times.items()}
     out["nothing removed / full"] = paired("nothing removed", "full")
@@ -197,9 +198,94 @@ def measure_decode(
     return out
 
 
+def measure_fixed(repeats: int) -> dict[str, float]:
+    """Microseconds a layer above the plain model on the physically shorter prompt: of a prefill, and of a token."""
+    model, steps = decoder(24, hidden_size=64, intermediate_size=128, num_attention_heads=4), 16
+    embeds, visual = prompt(model)
+    token = torch.zeros(1, 1, dtype=torch.long)
+
+    def run(inputs: torch.Tensor) -> tuple[float, float]:
+        found: list[Any] = []
+        prefill = cpu_seconds(lambda: found.append(model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)))
+        cache = {CACHE_NAME: returned_cache(found[0])}
+        model(input_ids=token, use_cache=True, **cache)
+        decode = cpu_seconds(lambda: [model(input_ids=token, use_cache=True, **cache) for _ in range(steps)])
+        return prefill, decode / steps
+
+    def reduced(reducer: foveate.Reducer) -> tuple[float, float]:
+        with foveate.apply(model, reducer, visual=visual):
+            model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+            return run(embeds)
+
+    with torch.inference_mode():
+        times = interleaved(
+            {
+                "short": lambda: run(embeds[:, : 64 + TEXT]),
+                "before layer 0": lambda: reduced(Fixed(-1, 64)),
+                "full": lambda: run(embeds),
+                "nothing removed": lambda: reduced(Fixed(-1, VISUAL)),
+            },
+            repeats,
+        )
+    out = {}
+    for ours, theirs in (("before layer 0", "short"), ("nothing removed", "full")):
+        for number, part in enumerate(("prefill", "token")):
+            added = statistics.median(a[number] - b[number] for a, b in zip(times[ours], times[theirs]))
+            out[f"{ours}, us per layer and {part}"] = 1e6 * added / 24
+    print(json.dumps(out, indent=1), flush=True)
+    return out
+
+
+def measure_training(repeats: int) -> dict[str, float]:
+    """A training step of two samples, 64 of 576 visual tokens kept: seconds, and bytes saved for the backward pass."""
+    model = decoder(4, hidden_size=512, intermediate_size=1408, num_attention_heads=8, vocab_size=32000).train()
+    embeds, visual = prompt(model)
+    embeds = embeds.repeat(2, 1, 1)
+    labels = torch.full((2, LENGTH), -100)
+    labels[:, -32:] = 7
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def step(keep: int | None, inputs: torch.Tensor) -> tuple[float, int]:
+        saved: dict[int, int] = {}
+
+        def seen(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        def run() -> None:
+            with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+                loss = model(inputs_embeds=inputs, labels=labels[:, -inputs.shape[1] :], use_cache=False).loss
+            loss.backward()
+
+        model.zero_grad(set_to_none=True)
+        if keep is None:
+            return cpu_seconds(run), sum(saved.values())
+        with foveate.apply(model, Fixed(-1, keep), visual=visual.repeat(2, 1)):
+            return cpu_seconds(run), sum(saved.values())
+
+    found = interleaved(
+        {
+            "full": lambda: step(None, embeds),
+            "short": lambda: step(None, embeds[:, : 64 + TEXT]),
+            "64 kept": lambda: step(64, embeds),
+        },
+        repeats,
+    )
+    paired = lambda a, b: statistics.median(x[0] / y[0] for x, y in zip(found[a], found[b]))  # noqa: E731
+    out = {f"{key}, seconds": statistics.median(x[0] for x in values) for key, values in found.items()}
+    out |= {f"{key}, MB saved": values[0][1] / 2**20 for key, values in found.items()}
+    out |= {"speed-up": paired("full", "64 kept"), "speed-up, short prompt": paired("full", "short")}
+    out |= {"reach": paired("short", "64 kept"), "saved / short": found["64 kept"][0][1] / found["short"][0][1]}
+    print(json.dumps(out, indent=1), flush=True)
+    return out
+
+
 def peak_megabytes(layers: int, name: str) -> float:
     """Peak RSS of a fresh process that prefills once, reduced by `name` ("full": not at all)."""
-    model, (embeds, visual) = decoder(layers), prompt()
+    model = decoder(layers)
+    embeds, visual = prompt(model)
     with torch.inference_mode():
         model(inputs_embeds=embeds[:, :8], logits_to_keep=1)
         if name == "full":
@@ -220,6 +306,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of reach and decode")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -227,13 +315,22 @@ def main() -> None:
     if arguments.peak:
         print(peak_megabytes(arguments.layers, arguments.peak))
         return
-    result = {"machine": machine(), "layers": arguments.layers, "repeats": arguments.repeats}
-    result |= measure(arguments.layers, arguments.repeats)
-    result["peak_mb"] = {}
-    for name in ("full", *cases()):
-        command = [sys.executable, __file__, "--layers", str(arguments.layers), "--peak", name]
-        result["peak_mb"][name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        print(f"peak {name}: {result['peak_mb'][name]:.0f} MB", flush=True)
+    result: dict[str, Any] = {"machine": machine(), **vars(arguments), "json": None}
+    model = functools.cache(lambda: decoder(arguments.layers, getattr(torch, arguments.dtype)))
+    if "reach" in arguments.parts:
+        result["reach"] = measure_reach(model(), arguments.repeats)
+    if "decode" in arguments.parts:
+        result["decode"] = measure_decode(model(), arguments.repeats)
+    if "fixed" in arguments.parts:
+        result["fixed"] = measure_fixed(3 * arguments.repeats)
+    if "training" in arguments.parts:
+        result["training"] = measure_training(max(1, arguments.repeats // 2))
+    if "memory" in arguments.parts:
+        result["peak_mb"] = {}
+        for name in ("full", *cases()):
+            command = [sys.executable, __file__, "--layers", str(arguments.layers), "--peak", name]
+            result["peak_mb"][name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            print(f"peak {name}: {result['peak_mb'][name]:.0f} MB", flush=True)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

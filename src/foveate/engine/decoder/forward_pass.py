@@ -88,11 +88,16 @@ class ForwardPass:
             hidden = self._decide(BEFORE_LAYERS, hidden)
             if hidden is not given or self.active is not None:
                 self.first_frame = hidden
+        self.cache = given_cache(args, kwargs)
+        if layer == 0:
+            self.inputs.begin(self.cache)
+        if self.active is None and self.inputs.plain and len(args) == 1:
+            self._reach, self._embeddings = None, kwargs.get("position_embeddings")
+            return None if hidden is given else ((hidden,), kwargs)
         rows = short_rows(hidden, self.active)
         if rows is None:
             hidden = laid_out(hidden)
         self._frame = hidden if rows is None else hidden.base
-        self.cache = given_cache(args, kwargs)
         names: tuple[str, ...] = ()
         others = kwargs
         if len(args) != 1:

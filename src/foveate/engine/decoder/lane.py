@@ -158,13 +158,13 @@ def short_rows(value: Any, active: ActiveSet | None = None) -> Tensor | None:
     return None
 
 
-def laid_out(value: Any) -> Any:
-    """The same with ordinary tensors in place of lazy frames, in containers, too."""
+def laid_out(value: Any, but: str | None = None) -> Any:
+    """The same with ordinary tensors in place of lazy frames, in containers, too, `but` for one name of an output."""
     if isinstance(value, LazyFrame):
         return value.lay_out()
     if isinstance(value, dict):  # outputs of models are dictionaries
         for name, part in list(value.items()):
-            new = laid_out(part)
+            new = part if name == but else laid_out(part)
             if new is not part:
                 value[name] = new
         return value

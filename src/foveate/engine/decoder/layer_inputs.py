@@ -60,6 +60,7 @@ class LayerInputs:
     Attributes:
         active: the slots that are still computed, None: all.
         keys_per_layer: keys that each layer attends to.
+        plain: as long as all slots are active, every layer is called as in the plain model.
         counting: the cache layer of the decoder layer that was asked for last, if that numbers its tokens itself.
     """
 
@@ -69,7 +70,9 @@ class LayerInputs:
         self.anatomy, self.rows, self.length, self.past, self._device = anatomy, rows, length, past, device
         self._stages = stages
         self.active: ActiveSet | None = None
-        self.keys_per_layer = [0] * anatomy.depth
+        self.plain = False
+        without = (*anatomy.keyless, *anatomy.shared_keys)
+        self.keys_per_layer = [0 if i in without else past + length for i in range(anatomy.depth)]
         self.shared = SharedKeys(anatomy.shared_keys, past, length)
         self._permit: Permit | None = None
         self.counting: LogicalLayer | None = None
@@ -77,6 +80,10 @@ class LayerInputs:
         self._ready: dict[int, tuple[tuple, Handed]] = {}
         self._positions: Tensor | None = None
         self._next: Tensor | None = None
+
+    def begin(self, cache: Any) -> None:
+        """The first layer is called, with this cache."""
+        self.plain = not self.anatomy.shared_keys and not any(reduced_layers(cache))
 
     def shorten(self, active: ActiveSet) -> None:
         """From the next layer on, only these slots."""

@@ -86,11 +86,16 @@ class DecoderSession(Session):
         return outermost
 
     def _finish(self, what: str, output: Any) -> Any:
-        """The model, its base or its decoder is done; the last of them hands out ordinary tensors."""
+        """The model, its base or its decoder is done; the last of them hands out ordinary tensors.
+
+        But for logits beside a loss: they are the largest tensor of a training step, and hardly ever looked at.
+        """
+        labels, self._call.labels = self._call.labels, None
         self._end(what)
         if self._runs() <= {"generate"}:
             self._ends.take_out()
-            return laid_out(output)
+            return laid_out(output, but=None if labels is None else "logits")
+        self._call.labels = labels
         return output
 
     # ------------------------------------------------------------------------------------------------ installing
@@ -217,7 +222,6 @@ class DecoderSession(Session):
             return self._base_done(module, args, output)
         if self._closed:
             return None
-        self._call.labels = None
         return self._finish("model", output)
 
     def _base_called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

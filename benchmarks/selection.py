@@ -1,4 +1,4 @@
-"""What choosing costs: the time of every selector, how near a reduction comes to a shorter prompt, and peak memory.
+"""What choosing costs: time, kernels, waits, memory of every selector, and reach, how near it comes to a short prompt.
 
 "Selector" is all that a method adds to a plain run: what it reads in the vision tower and in the decoder, laying that
 onto the slots of the prompt, and its decisions. It is timed where it happens, in prefills that are left as soon as the
@@ -34,12 +34,16 @@ from typing import Any
 
 import torch
 import transformers as hf
+from torch.profiler import ProfilerActivity, profile
 
 import foveate
 from foveate.engine.decoder.forward_pass import ForwardPass
+from foveate.engine.families.parts import resolve
+from foveate.engine.layout import build_layout
 from foveate.engine.vision.merging import TowerReduction
 from foveate.engine.vision.reader import VisionReader
-from foveate.reduction import Reducer
+from foveate.ops.attention import attention_received, attention_rows
+from foveate.reduction import BEFORE_LAYERS, Patches, Reducer, View, bind
 from speed import machine
 
 IMAGE, PREFIX, TEXT = 900, 20, 44
@@ -72,6 +76,9 @@ class Size:
 
 
 SIZES = {"576": Size(192), "2880": Size(640, tiles=5, newlines=48)}
+LONG = {"4624": 68, "16384": 128}
+"""Side of one image."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def cases(size: Size, layers: int) -> dict[str, Reducer]:
@@ -103,7 +110,8 @@ BEFORE = (
     "recoverable, llm", "tome, output", "pitome, output",
 )  # fmt: skip
 """Methods that are done before decoder layer 0."""
-PARTS = ("selectors", "reach", "memory", "tower")
+INSIDE = ("vtw", "fastv", "pyramiddrop", "dart", "sparsevlm")
+PARTS = ("selectors", "reach", "memory", "tower", "long", "launches")
 
 
 # -------------------------------------------------------------------------------------------------------- the models
@@ -334,6 +342,138 @@ def towers(repeats: int) -> dict[str, Any]:
     return rows
 
 
+# ------------------------------------------------------------------------------------------- one long image, no tower
+WIDTH, HEADS = 1024, 16
+
+
+def decoder_of(layers: int, dtype: torch.dtype) -> Any:
+    """A decoder of the size of the others, fed with states."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, vocab_size=1000, max_position_embeddings=32768,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval().to(dtype)
+
+
+def _draw(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Vectors around 200 centres, as patches of an image are alike in groups."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(200, shape[-1], generator=generator)
+    group = torch.randint(200, shape[:-1], generator=generator)
+    return (centres[group] + 0.7 * torch.randn(*shape, generator=generator)).to(dtype)
+
+
+@torch.inference_mode()
+def outside(side: int, reducer: Reducer, dtype: torch.dtype) -> tuple[float, int]:
+    """CPU seconds of a method before the decoder, and the bytes that it held at its peak; see the top."""
+    tokens, words = side * side, PREFIX + TEXT
+    anatomy = resolve(model_of("576", 1))
+    method = bind(reducer, anatomy)
+    visual = torch.zeros(1, tokens + words, dtype=torch.bool)
+    visual[:, PREFIX : PREFIX + tokens] = True
+    hidden = torch.cat([_draw(dtype, 1, words, WIDTH, seed=1), _draw(dtype, 1, tokens, WIDTH)], 1)
+    hidden = torch.cat([hidden[:, :PREFIX], hidden[:, words:], hidden[:, PREFIX:words]], 1)
+    info = {"image_features": [hidden[0, :tokens]], "pixel_values": torch.zeros(1, 3, 8, 8)}
+    query, key = (_draw(dtype, 1, HEADS, tokens + 1, WIDTH // HEADS, seed=seed) for seed in (2, 3))
+    features = _draw(dtype, 1, tokens, WIDTH, seed=4)
+    slots = PREFIX + torch.arange(tokens)[None]
+    rows, grid = torch.zeros(1, dtype=torch.long), torch.full((1, 2), side)
+
+    def choose() -> None:
+        vision = {}
+        for layer, spec in method.vision_taps.items():
+            attention = None
+            if spec.attention == "received":
+                attention = attention_received(query, key, 0.125)[..., 1:]
+            elif spec.attention:
+                attention = attention_rows(query, key, rows[:, None], None, None, 0.125, None)[:, :, 0, 1:]
+            read = {
+                "key": key[:, :, 1:].transpose(1, 2),
+                "query": query[:, :, 1:].transpose(1, 2),
+                "features": features,
+            }
+            read = {name: value for name, value in read.items() if getattr(spec, name)}
+            vision[layer] = Patches(rows, slots, grid, attention, **read, complete=True)
+        everything = torch.ones_like(visual)
+        layout = build_layout(anatomy, visual, info)
+        method.decide(View(BEFORE_LAYERS, hidden, everything, visual, everything, vision=vision, layout=layout))
+
+    gc.collect()
+    start = time.process_time()
+    choose()
+    seconds = time.process_time() - start
+    return seconds, held_by(choose)
+
+
+def held_by(run: Callable[[], Any]) -> int:
+    """Most bytes that were allocated at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@torch.inference_mode()
+def inside(side: int, reducer: Reducer, decoder: Any) -> float:
+    """CPU seconds that a method takes inside a decoder."""
+    tokens = side * side
+    visual = torch.zeros(1, tokens + PREFIX + TEXT, dtype=torch.bool)
+    visual[:, PREFIX : PREFIX + tokens] = True
+    embeds, clock = _draw(decoder.dtype, *visual.shape, WIDTH), Clock()
+    with watched(clock, reducer), foveate.apply(decoder, reducer, visual=visual):
+        decoder(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    return clock.selector
+
+
+@torch.inference_mode()
+def long(name: str, repeats: int, only: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    """Every method on one long image."""
+    side, rows = LONG[name], {}
+    tokens = side * side
+    one = decoder_of(1, dtype)
+    embeds = _draw(dtype, 1, tokens + PREFIX + TEXT, WIDTH)
+    start = time.process_time()
+    one(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    whole = 16 * (time.process_time() - start)
+    print(f"{name:>5} unreduced decoder {whole:.1f} s (one layer, times 16), {dtype}".replace("torch.", ""), flush=True)
+    methods = cases(Size(tokens // 5), 4)
+    decoder = decoder_of(4, dtype) if not only or set(only) & set(INSIDE) else None
+    for method, reducer in methods.items():
+        if only and method not in only:
+            continue
+        held = 0
+        if method in INSIDE:
+            seconds = inside(side, reducer, decoder)
+        else:
+            found = [outside(side, reducer, dtype) for _ in range(repeats)]
+            seconds, held = statistics.median(s for s, _ in found), found[0][1]
+        rows[method] = {"ms": 1e3 * seconds, "share": seconds / whole, "held_mb": held / 2**20}
+        peak = f", holds {held / 2**20:.0f} MB" if held else ""
+        print(f"{name:>5} {method:18s} {1e3 * seconds:8.1f} ms  {100 * seconds / whole:5.2f} %{peak}", flush=True)
+    return {"prefill_ms": 1e3 * whole, "rows": rows}
+
+
+# ----------------------------------------------------------------------------------------------- kernels and waits
+def launches(only: list[str]) -> dict[str, Any]:
+    """Kernels and waits of every method at 576 tokens."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.launching import METHODS, on_pretended_device
+
+    rows = {}
+    for method, make in METHODS.items():
+        if only and method not in only:
+            continue
+        found = on_pretended_device(make())
+        rows[method] = {"kernels": found.kernels.total(), "waits": found.waits.total()}
+        print(f"  576 {method:18s} {rows[method]['kernels']:5d} kernels, {rows[method]['waits']} waits", flush=True)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------- peak memory
 @torch.inference_mode()
 def peak_megabytes(name: str, layers: int, method: str) -> float:
@@ -365,6 +505,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--layers", type=int, default=16, help="of the decoder")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--long", nargs="+", choices=list(LONG), default=list(LONG), help="tokens of the long image")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the long images")
     parser.add_argument("--quick", action="store_true", help="576 tokens, four decoder layers, one repeat, no memory")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -377,7 +519,7 @@ def main() -> None:
         arguments.sizes, arguments.layers, arguments.repeats = ["576"], 4, 1
         arguments.parts = ["selectors", "reach", "tower"]
     result: dict[str, Any] = {"machine": machine(), "layers": arguments.layers, "repeats": arguments.repeats}
-    for name in arguments.sizes:
+    for name in arguments.sizes if set(arguments.parts) & {"selectors", "reach", "memory"} else ():
         found = result.setdefault(name, {})
         if "selectors" in arguments.parts:
             found["selectors"] = selectors(name, arguments.layers, arguments.repeats, arguments.methods)
@@ -388,6 +530,10 @@ def main() -> None:
             found["peak_mb"] = peaks(name, arguments.layers, arguments.methods)
     if "tower" in arguments.parts:
         result["tower"] = towers(arguments.repeats)
+    for name in arguments.long if "long" in arguments.parts else ():
+        result.setdefault("long", {})[name] = long(name, arguments.repeats, arguments.methods, DTYPES[arguments.dtype])
+    if "launches" in arguments.parts:
+        result["launches"] = launches(arguments.methods)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,7 +7,8 @@ from torch import Tensor
 
 __all__ = ["attention_received", "attention_rows"]
 
-_NUMBERS = 1 << 22
+_NUMBERS = 1 << 21
+"""Of a block of attention; two of them are held."""
 
 
 def attention_rows(
@@ -62,7 +63,7 @@ def attention_received(
         key: (B, H, N, d).
         scaling: factor on the dot products.
         mask: (B or 1, H or 1, Q, N), bool (True may be seen) or added to the logits.
-        block: queries per block, which bounds the memory to B * H * block * N numbers; by default 4 million of them.
+        block: queries per block, which bounds the memory to 2 * B * H * block * N numbers, 4 million by default.
     """
     batch, heads, n_keys = key.shape[:3]
     block = block or max(16, _NUMBERS // max(batch * heads * n_keys, 1))
@@ -76,10 +77,7 @@ def attention_received(
             seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
             weights = weights.masked_fill_(~seen, float("-inf")) if part.dtype == torch.bool else weights.add_(part)
             queries = queries + seen.float().sum(2)
-        # The softmax in place, its denominators pulled out of the sum: one block of numbers is all that is held.
-        highest = weights.detach().amax(-1, keepdim=True)
-        weights.sub_(highest.masked_fill_(highest.isneginf(), 0.0)).exp_()
-        shares = weights.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_()
-        received += (shares.transpose(-1, -2) @ weights)[..., 0, :]
+        weights = weights.softmax(-1)
+        received += (weights if mask is None else weights.nan_to_num_(0.0)).sum(2)
         del weights  # before the next block is made
     return received / (query.shape[2] if mask is None else queries.clamp_min(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,45 +13,47 @@ from .select import gather_tokens, inverse, ranked, top_k_mask, true_indices
 
 __all__ = ["Matcher", "energy_pairs", "first_of_each", "merge_to_counts", "soft_pairs"]
 
-Matcher = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x (I, n, D), valid (I, n) left-aligned, r (I,)) -> (I, n), the token that each goes into; `r` go into others."""
+Matcher = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""(x (I, n, D), valid (I, n) left-aligned, r of each) -> (I, n), the token that each goes into; `r` go into others."""
 
 
-def soft_pairs(x: Tensor, valid: Tensor, r: Tensor) -> Tensor:
+def soft_pairs(x: Tensor, valid: Tensor, r: Sequence[int]) -> Tensor:
     """ToMe's bipartite soft matching for ragged samples: even tokens into odd ones. A `Matcher`."""
     units = normalize(x.float(), dim=-1)
-    scores = units[:, ::2] @ units[:, 1::2].transpose(1, 2)
-    best, partner = scores.masked_fill_(~valid[:, None, 1::2], -torch.inf).max(2)
+    there, closed = units[:, 1::2].transpose(1, 2), ~valid[:, None, 1::2]
+    found = [(part @ there).masked_fill_(closed, -torch.inf).max(2) for part in units[:, ::2].split(BLOCK, 1)]
+    best, partner = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found))
     into = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-    even = into[:, ::2]
-    even.copy_(torch.where(top_k_mask(best, valid[:, ::2], r), 2 * partner + 1, even))
+    even, goes = into[:, ::2], top_k_mask(best, valid[:, ::2], to_device(r, x.device))
+    even.copy_(torch.where(goes, 2 * partner + 1, even))
     return into
 
 
-def energy_pairs(x: Tensor, valid: Tensor, r: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
-    """PiToMe's matching for ragged samples: of the 2r tokens of highest energy, even ranks into odd ones.
+def energy_pairs(x: Tensor, valid: Tensor, r: Sequence[int], margin: float, alpha: float = 1.0) -> Tensor:
+    """PiToMe's matching for ragged samples: of the 2r tokens of highest energy, even ranks into odd ones. A `Matcher`.
 
     Rows of the similarity are looked at in blocks, so that memory is linear in the number of tokens.
     """
-    units, away = normalize(x.float(), dim=-1), ~valid[:, None]
-    transposed = units.transpose(1, 2)
-
-    def energy(part: Tensor) -> Tensor:
-        near = elu((part @ transposed).sub_(margin), alpha=alpha, inplace=True)
-        return near.masked_fill_(away, 0.0).sum(2)
-
-    order = ranked(_by_rows(energy, units) / valid.sum(1, keepdim=True).clamp_min(1), valid)
-    own = torch.arange(x.shape[1], device=x.device)
-    # 0 takes no part, 1 goes, 2 is gone into.
-    role = torch.empty_like(order).scatter_(1, order, torch.where(own < 2 * r[:, None], own % 2 + 1, 0))
-    away = (role != 2)[:, None]
-    nearest = _by_rows(lambda part: (part @ transposed).masked_fill_(away, -torch.inf).argmax(2), units)
-    return torch.where(role == 1, nearest, own)
-
-
-def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of some of the tokens (I, n, D), applied to all (I, N, D) in blocks."""
-    return function(x) if x.shape[1] <= BLOCK else torch.cat([function(part) for part in x.split(BLOCK, 1)], 1)
+    units, (samples, tokens) = normalize(x.float(), dim=-1), valid.shape
+    energy = torch.zeros_like(valid, dtype=units.dtype)
+    for start in range(0, tokens, BLOCK):  # each pair once
+        rows, later = units[:, start : start + BLOCK], units[:, start:]
+        near = elu((rows @ later.transpose(1, 2)).sub_(margin), alpha=alpha, inplace=True)
+        near.masked_fill_(~valid[:, None, start:], 0.0)
+        energy[:, start : start + BLOCK] += near.sum(2)
+        if start + BLOCK < tokens:
+            near.masked_fill_(~valid[:, start : start + BLOCK, None], 0.0)
+            energy[:, start + BLOCK :] += near[:, :, BLOCK:].sum(1)
+    order = ranked(energy / valid.sum(1, keepdim=True).clamp_min(1), valid)[:, : 2 * max(r)]
+    source, target = order[:, ::2], order[:, 1::2]
+    there = gather_tokens(units, target).transpose(1, 2)
+    closed = torch.arange(max(r), device=x.device) >= to_device(r, x.device)[:, None]
+    nearest = torch.cat([
+        (part @ there).masked_fill_(closed[:, None], -torch.inf).argmax(2)
+        for part in gather_tokens(units, source).split(BLOCK, 1)
+    ], 1)  # fmt: skip
+    into = torch.arange(tokens, device=x.device).repeat(samples, 1)
+    return into.scatter_(1, source, torch.where(closed, source, target.gather(1, nearest)))
 
 
 def merge_to_counts(
@@ -81,7 +83,7 @@ def merge_to_counts(
     while any(now > then for now, then in zip(have, wanted)):
         removed = [min(now - then, now // 2) if now > then else 0 for now, then in zip(have, wanted)]
         have = [now - less for now, less in zip(have, removed)]
-        into = match(x, valid, to_device(removed, x.device))
+        into = match(x, valid, removed)
         source = into != torch.arange(x.shape[1], device=x.device)
         grown = torch.zeros_like(size).scatter_add_(1, into, size)
         weight = size if weighted else (size > 0).to(size.dtype)

@@ -97,8 +97,17 @@ class _OnDevice:
         self.listed = len(tokens)
         units = self.units[to_device(tokens, self.units.device)]
         count = min(_NEIGHBOURS, len(tokens))
-        found = [(part @ units.T).topk(count, dim=1) for part in units.split(BLOCK)]
-        near, values = to_host(*(torch.cat([getattr(f, name) for f in found]) for name in ("indices", "values")))
+        best = units.new_full((len(units), count), -2.0)
+        which = torch.zeros_like(best, dtype=torch.long)
+        for start in range(0, len(units), BLOCK):  # each pair once: rows of a block, and columns behind it
+            end = start + BLOCK
+            cosines = units[start:end] @ units[start:].T
+            for mine, found in ((slice(start, end), cosines), (slice(end, None), cosines[:, BLOCK:].T)):
+                if found.numel():
+                    value, index = found.topk(min(count, found.shape[1]), dim=1)
+                    best[mine], place = torch.cat([best[mine], value], 1).topk(count, dim=1)
+                    which[mine] = torch.cat([which[mine], index + start], 1).gather(1, place)
+        near, values = to_host(which, best)
         self.near = np.zeros((len(self.units), count), np.int64)
         self.values = np.zeros((len(self.units), count), values.dtype)
         self.near[tokens], self.values[tokens] = tokens[near], values

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .select import gather_tokens, put
+from .select import gather_tokens, inverse, put, ranked
 
 __all__ = ["Clusters", "density_peaks", "merge_clusters"]
 
@@ -43,7 +43,7 @@ def _distances(tokens: Tensor, valid: Tensor, normalise: bool) -> Tensor:
     """(B, N, N) Euclidean."""
     # Around the mean: hidden states share a large offset, in which small distances would drown.
     mean = (tokens * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp_min(1)
-    centred = (tokens - mean) * valid[..., None]
+    centred = tokens - mean
     apart = torch.cdist(centred, centred)
     apart.diagonal(dim1=1, dim2=2).zero_()
     return apart / tokens.shape[-1] ** 0.5 if normalise else apart
@@ -90,27 +90,25 @@ def density_peaks(
     if neighbours is None:
         k, deepest = counts[:, None], most
     else:
-        k, deepest = torch.full_like(counts, neighbours)[:, None], neighbours
-    k = torch.minimum(k, valid.sum(1, keepdim=True))
-    nearest = apart.masked_fill(~pairs, torch.inf).topk(min(deepest, tokens.shape[1]), largest=False).values
+        k, deepest = valid.sum(1, keepdim=True).clamp_max(neighbours), neighbours
+    nearest = torch.where(pairs, apart, torch.inf).topk(min(deepest, tokens.shape[1]), largest=False).values
     used = torch.arange(nearest.shape[-1], device=tokens.device) < k[..., None]
     log_density = -nearest.square().where(used, 0.0).sum(-1) / k.clamp_min(1)
     density = log_density.exp() if noise is None else log_density.exp() + noise * 1e-6
     height = log_density if guarded else density
 
-    denser = height[:, None] > height[..., None]
-    if guarded:
-        denser |= (height[:, None] == height[..., None]).tril(-1)
-    denser &= pairs
-    delta = apart.masked_fill(~denser, torch.inf).amin(-1)
-    farthest = apart.masked_fill(~pairs, 0.0).amax(-1)
-    if isolation == "sample":
-        farthest = farthest.amax(1, keepdim=True).expand_as(delta)
+    if guarded:  # of equals the first is denser
+        place = inverse(ranked(height, valid))
+        denser = place[:, None] < place[..., None]
+    else:
+        denser = (height[:, None] > height[..., None]) & pairs
+    delta = torch.where(denser, apart, torch.inf).amin(-1)
+    within = torch.where(pairs, apart, 0.0)
+    farthest = within.amax((1, 2))[:, None].expand_as(delta) if isolation == "sample" else within.amax(-1)
     delta = torch.where(delta.isinf(), farthest, delta)
     score = density * delta
     if guarded:
-        ranking = (height + delta.log()).clamp_min(torch.finfo(torch.float32).min).masked_fill(~valid, -torch.inf)
-        order = ranking.argsort(dim=1, descending=True, stable=True)[:, :most]
+        order = ranked((height + delta.log()).clamp_min(torch.finfo(torch.float32).min), valid)[:, :most]
     else:  # equals in the order of topk, as in the official code
         order = score.masked_fill(~valid, -torch.inf).topk(most).indices
     real = torch.arange(order.shape[1], device=tokens.device) < counts[:, None]
@@ -120,10 +118,10 @@ def density_peaks(
         cost = -(unit @ gather_tokens(unit, order).transpose(1, 2))
     else:
         cost = apart.gather(2, order[:, None].expand(-1, apart.shape[1], -1))
-    joined = cost.masked_fill(~real[:, None], torch.inf).argmin(-1)
+    joined = torch.where(real[:, None], cost, torch.inf).argmin(-1)
     numbers = torch.arange(order.shape[1], device=tokens.device).expand_as(order)
-    centres = order.masked_fill(~real, -1)
-    joined = put(joined, centres, numbers).masked_fill(~valid, 0)  # a centre belongs to itself
+    centres = torch.where(real, order, -1)
+    joined = torch.where(valid, put(joined, centres, numbers), 0)  # a centre belongs to itself
     return Clusters(density, delta, score, centres, joined)
 
 

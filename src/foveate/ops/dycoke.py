@@ -5,9 +5,10 @@ Source: arXiv 2411.15024; KD-TAO/DyCoke @ dd746349 (re-implemented from the form
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from .host import to_device
 
 __all__ = ["WINDOW", "partners", "similarity"]
 
@@ -30,6 +31,6 @@ def similarity(x: Tensor, valid: Tensor) -> Tensor:
         x: (V, T, P, C) float.
         valid: (V, T, P) bool.
     """
-    other = torch.tensor(partners(x.shape[1]), device=x.device)
+    other = to_device(partners(x.shape[1]), x.device)
     units = normalize(x, dim=-1)
     return (units * units[:, other]).sum(-1).masked_fill(~valid[:, other], -2.0)

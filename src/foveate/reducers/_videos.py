@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.host import to_device
 from ..reduction import Budget, Decision, Patches, UnsupportedError, View
 from ._images import take
 
@@ -108,7 +109,7 @@ def videos_of(view: View) -> Videos | None:
         for time, slots in enumerate(frames):
             table[video, time, : len(slots)] = slots
     device, row_of = view.active.device, [row for row, _ in found]
-    rows, slots = torch.tensor(row_of).to(device), table.flatten(1).to(device)
+    rows, slots = to_device(row_of, device), to_device(table.flatten(1), device)
     there = (slots >= 0) & view.active[rows[:, None], slots.clamp_min(0)]
     grid = torch.zeros(len(found), 2, dtype=torch.long, device=device)
     return Videos(view, Patches(rows, torch.where(there, slots, -1), grid), longest, max(Counter(row_of).values()))

@@ -139,7 +139,9 @@ class SparseVLM(Options):
         """What stays after a layer, and what of the rest is clustered."""
         eligible, tap = view.active_visual, self.attention(view)
         scores = self._scores(view, tap)
-        counts = self._counts(view, torch.stack([eligible.sum(1), self._rank(view, tap)], 1).tolist())
+        rank = self._rank(view, tap)
+        facts = [eligible.sum(1)] if rank is None else [eligible.sum(1), rank]
+        counts = self._counts(view, torch.stack(facts, 1).tolist())
         kept, pool, clusters = to_device(torch.tensor(counts), scores.device).T
         # Image or not, the last token of the prompt has to stay.
         order = ranked(scores.masked_fill(view.state["last"], torch.inf), eligible)
@@ -150,9 +152,10 @@ class SparseVLM(Options):
         return Selection(scores, chosen, members, clusters, max(count[2] for count in counts))
 
     def _counts(self, view: View, facts: list[list[int]]) -> list[tuple[int, int, int]]:
-        """Of each sample's (tokens, rank): how many tokens stay, are clustered, and come back merged."""
+        """Of each sample's tokens, and rank where it counts: how many stay, are clustered, and come back merged."""
         counts, rules = [], view.state["rules"]
-        for row, (plan, (tokens, rank)) in enumerate(zip(view.state["plans"], facts)):
+        for row, (plan, (tokens, *ranks)) in enumerate(zip(view.state["plans"], facts)):
+            rank = ranks[0] if ranks else 0
             if view.stage not in plan.layers:
                 counts.append((tokens, 0, 0))
                 continue
@@ -239,21 +242,21 @@ class SparseVLM(Options):
         rows = self._rows(view, tap, self.choices.score_rows)
         return replace(tap, row_valid=rows).per_slot(view.active.shape[1])
 
-    def _rank(self, view: View, tap: Tap) -> Tensor:
-        """(B,) rank of the attention from the rows that count to the visual tokens; 0 where no rank is needed."""
-        visual = view.active_visual
+    def _rank(self, view: View, tap: Tap) -> Tensor | None:
+        """(B,) rank of the attention from the rows that count to the visual tokens; None where no rank counts."""
         if self._rank_rows is None:
-            return torch.zeros_like(visual[:, 0], dtype=torch.long)
+            return None
+        visual = view.active_visual
         matrix = tap.to_slots(tap.weights, visual.shape[1])
         return raters.matrix_rank(matrix, self._rows(view, tap, self._rank_rows), visual)[0]
 
     def merge_tokens(self, view: View, members: Tensor, counts: Tensor, most: int) -> Merged:
         """Cluster the states at the slots `members` (B, P), -1 for padding, into `counts` (B,) tokens."""
-        row = torch.arange(len(members), device=members.device)[:, None]
-        choices = self.choices
+        choices, there = self.choices, members >= 0
+        seen = gather_tokens(view.hidden, members)
         clusters = density_peaks(
-            view.hidden[row, members.clamp_min(0)],
-            members >= 0,
+            seen,
+            there,
             counts,
             most,
             neighbours=choices.neighbours,
@@ -263,7 +266,8 @@ class SparseVLM(Options):
             guarded=not self.faithful,
         )
         centres = members.gather(1, clusters.centres.clamp_min(0)).masked_fill(clusters.centres < 0, -1)
-        merged = merge_clusters(view.states[row, members.clamp_min(0)], members >= 0, clusters, choices.merge)
+        states = seen if view.streams is None else gather_tokens(view.states, members)
+        merged = merge_clusters(states, there, clusters, choices.merge)
         return Merged(members, clusters.assignment, centres, merged)
 
 

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip -q --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow compatibility processors fuzz test-oldest test-newest smoke-versions browser lint types structure zoo
-.PHONY: bench clean
+.PHONY: bench gpu clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/foveate demo --out demo/
@@ -71,6 +71,10 @@ zoo: $(VENV)/.test-installed
 
 bench: $(VENV)/.demo-installed
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
+
+# For a machine with one NVIDIA GPU: under 8 minutes, no network. `python benchmarks/gpu.py --small` tries the script on a CPU.
+gpu: $(VENV)/.demo-installed
+	$(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vision demo build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

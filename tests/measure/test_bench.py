@@ -216,6 +216,22 @@ def test_the_prompt_of_a_geometry_fits_its_tower(name: str):
     assert prefill_flops(drawn._shell(torch.float32), None, given).vision > 1e11
 
 
+@pytest.mark.parametrize(("name", "pixels"), [("llava-1.5-7b", 5 * 3 * 336 * 336), ("qwen3-vl-8b", 4 * 2880 * 1536)])
+def test_a_prompt_has_the_visual_tokens_asked_for(name: str, pixels: int):
+    """Several images of LLaVA-1.5, one large image of a Qwen."""
+    drawn = random_model(name, layers=1, visual_tokens=2880)
+    given = drawn.inputs()
+    assert int((given["input_ids"] == drawn.geometry.vocab_size - 1).sum()) == drawn.geometry.visual_tokens == 2880
+    assert given["pixel_values"].numel() == pixels
+    assert prefill_flops(drawn._shell(torch.float32), None, given).vision > 1e11
+
+
+@pytest.mark.parametrize(("name", "count"), [("llava-1.5-7b", 100), ("qwen2.5-vl-7b", 0), ("gemma-3-4b", 512)])
+def test_visual_tokens_that_a_geometry_cannot_have(name: str, count: int):
+    with pytest.raises(ValueError, match=f"visual-tokens={count}: {name} cannot"):
+        random_model(name, visual_tokens=count)
+
+
 def test_a_random_model_answers(monkeypatch: pytest.MonkeyPatch):
     """The real thing in small: the geometry's own code, with narrow layers."""
     small = dataclasses.replace(

@@ -8,6 +8,7 @@ decoder layers is cut, if asked for. Weights, pixels and words are noise: speed 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,16 +196,21 @@ class RandomModel:
         return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in given.items()}
 
 
-def random_model(name: str, layers: int | None = None, text_tokens: int | None = None) -> RandomModel:
+def random_model(
+    name: str, layers: int | None = None, text_tokens: int | None = None, visual_tokens: int | None = None
+) -> RandomModel:
     """A preset as a random model that can be built.
 
     Args:
         name: of the preset.
         layers: decoder layers, the first ones; None for all.
         text_tokens: of the prompt, all that is no image; None for the preset's own.
+        visual_tokens: of the prompt; None for the preset's own. LLaVA-1.5 is shown several images, a Qwen one image of
+            that size; the other presets have their own count alone.
 
     Raises:
-        ValueError: no such preset (the message lists them), more layers than it has, or too short a prompt.
+        ValueError: no such preset (the message lists them), more layers than it has, too short a prompt, or visual
+            tokens that the preset cannot have.
     """
     geometry = Geometry.preset(name).with_prompt(text_tokens=text_tokens)
     if geometry.text_tokens < _SPECIAL:
@@ -213,7 +219,24 @@ def random_model(name: str, layers: int | None = None, text_tokens: int | None =
         if not 1 <= layers <= geometry.layers:
             raise ValueError(f"layers={layers}: {geometry.name} has {geometry.layers} decoder layers")
         geometry = dataclasses.replace(geometry, layers=layers, sliding_layers=geometry.sliding_layers[:layers])
-    return RandomModel(geometry, _families()[geometry.name])
+    family = _families()[geometry.name]
+    if visual_tokens is not None:
+        family = _showing(family, geometry, visual_tokens)
+        geometry = geometry.with_prompt(visual_tokens=visual_tokens)
+    return RandomModel(geometry, family)
+
+
+def _showing(family: _Family, geometry: Geometry, visual_tokens: int) -> _Family:
+    """The family, fed with as many images, or as large a one, as `visual_tokens` take."""
+    images, rest = divmod(visual_tokens, geometry.visual_tokens)
+    if family.model == "Llava" and images and not rest:
+        return dataclasses.replace(family, pixels=(images, *family.pixels[1:]))
+    if "image_grid_thw" in family.given and visual_tokens > 0:
+        rows = next(rows for rows in range(math.isqrt(visual_tokens), 0, -1) if not visual_tokens % rows)
+        grid = [1, 2 * rows, 2 * (visual_tokens // rows)]  # 2 x 2 patches are merged into a token
+        pixels = (4 * visual_tokens, family.pixels[1])
+        return dataclasses.replace(family, pixels=pixels, given={"image_grid_thw": [grid]})
+    raise ValueError(f"visual-tokens={visual_tokens}: {geometry.name} cannot have that many")
 
 
 def _config(geometry: Geometry, family: _Family) -> Any:

@@ -29,10 +29,7 @@ from foveate.measure.random_models import RandomModel, random_model
 
 MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-8b")
 _OPTIONS: dict[str, dict[str, Any]] = {"recoverable": {"similarity": "llm"}}
-_ALSO = {
-    "tome, after the tower": ("tome", {"where": "output"}),
-    "pitome, after the tower": ("pitome", {"where": "output"}),
-}
+_ALSO = {f"{name} after the tower": (name, {"where": "output"}) for name in ("tome", "pitome")}
 """A second way to run a method that merges inside the tower, for towers in which it cannot."""
 
 _SMALL_TEXT = {"layers": 4, "hidden_size": 128, "intermediate_size": 256, "heads": 4, "head_dim": 32, "vocab_size": 512}

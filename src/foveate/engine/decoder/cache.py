@@ -71,7 +71,6 @@ class LogicalLayer(DynamicLayer):
     """Stores the keys of the tokens that stayed; `n` stored of `total` logical ones.
 
     Attributes:
-        total: logical length, removed tokens included.
         filled: whether any stored key may be a filler.
         running: whether its decoder layer runs right now.
         until: (B, n) first decoder layer that must not see a stored key, where later layers share the keys of this
@@ -80,68 +79,72 @@ class LogicalLayer(DynamicLayer):
     """
 
     is_croppable = True
-    total = 0
-    filled = False
-    running = False
-    record_past = False
-    until: Tensor | None = None
-    _announced: tuple[Tensor, Tensor | None, int] | None = None
-    _kept: Tensor | None = None
-    _next: Tensor | None = None
-    _added = _dropped = 0
-    """Tokens that came, and that left at the start, since `_kept` was made."""
 
     def __init__(self, sliding_window: int | None = None, permit: Permit | None = None):
         super().__init__()
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.permit = permit or Permit()
+        self.filled = self.running = self.record_past = False
+        self.until: Tensor | None = None
+        self._announced: tuple[Tensor, Tensor | None, int] | None = None
+        self._kept: Tensor | None = None
+        self._next: Tensor | None = None
+        self._total = self._stored = self._dropped = 0
+        """When `_kept` was made, the logical length and the stored keys; and how many keys left at the start since."""
 
     def announce(self, kept: Tensor, next_position: Tensor | None, length: int) -> None:
         """Called before the layer runs: `kept` and `next` as they will be afterwards, and the logical length added."""
         self._announced = (kept, next_position, length)
 
+    def _hold(self, kept: Tensor | None, total: int, next_position: Tensor | None) -> None:
+        self._kept, self._total, self._next = kept, total, next_position
+        self._stored, self._dropped = self.physical_length(), 0
+
+    @property
+    def _added(self) -> int:
+        # Not counted while decoding: compiled layers would be compiled again for each number.
+        return self.physical_length() + self._dropped - self._stored
+
+    @property
+    def total(self) -> int:
+        """Logical length, removed tokens included."""
+        return self._total + self._added
+
     @property
     def state(self) -> tuple[int, int, int, int]:
         """The same for layers that hold the same slots."""
-        return id(self._kept), self._added, self._dropped, self.total
+        return id(self._kept), self._added, self._dropped, self._total
 
     def slots(self) -> Tensor | None:
         """(B, n) logical slot of each stored key, -1 for a filler of a ragged batch; None: nothing is stored."""
-        kept = self._kept
-        if kept is None or not (self._added or self._dropped):
+        kept, added = self._kept, self._added
+        if kept is None or not (added or self._dropped):
             return kept
-        new = torch.arange(self.total - self._added, self.total, device=kept.device)
+        new = torch.arange(self._total, self._total + added, device=kept.device)
         return torch.cat([kept, new.expand(kept.shape[0], -1)], 1)[:, self._dropped :]
 
     @property
     def kept(self) -> Tensor | None:
         """`slots()`, made once."""
-        self.kept = self.slots()
+        self._hold(self.slots(), self.total, self.next)
         return self._kept
-
-    @kept.setter
-    def kept(self, kept: Tensor | None) -> None:
-        self._next, self._kept, self._added, self._dropped = self.next, kept, 0, 0
 
     @property
     def next(self) -> Tensor | None:
         """(B, 1) position of the next token in this layer, None where the model's own positions hold."""
-        return self._next if self._next is None or not self._added else self._next + self._added
+        return None if self._next is None else self._next + self._added
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self._announced is not None:
-            (self._kept, self._next, length), self._announced = self._announced, None
-            self._added = self._dropped = 0
-        elif self.permit.granted:
-            length = key_states.shape[-2]
-            self._added += length
-        else:
+        if self._announced is None and not self.permit.granted:
             raise RuntimeError(
                 "this KV cache holds reduced prompts: use it only while the reduction that filled it is applied"
             )
+        before = self.total if self._announced is not None else 0
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        self.total += length
+        if self._announced is not None:
+            (kept, after, length), self._announced = self._announced, None
+            self._hold(kept, before + length, after)
         if self.until is not None:
             self.until = pad(self.until, (0, self.physical_length() - self.until.shape[1]), value=SEEN_BY_ALL)
         if not self.record_past:
@@ -184,18 +187,18 @@ class LogicalLayer(DynamicLayer):
             stored = int(gone.max())
             if int(gone.min()) != stored or bool((kept[:, kept.shape[1] - stored :] < 0).any()):
                 raise UnsupportedError("the cache cannot be cropped into a reduced prompt")
+            total, after = self.total - removed, None if self._next is None else self._next - removed
             if stored:
                 super().crop(-stored)
-                self.kept = kept[:, : kept.shape[1] - stored]
-                self.until = None if self.until is None else self.until[:, : kept.shape[1] - stored]
-            self._next = None if self._next is None else self._next - removed
-            self.total -= removed
+                kept = kept[:, : kept.shape[1] - stored]
+                self.until = None if self.until is None else self.until[:, : kept.shape[1]]
+            self._hold(kept, total, after)
         self._evict()
 
     def reset(self) -> None:
         super().reset()
-        self._kept, self._next, self._added, self._dropped = None, None, 0, 0
-        self.total, self.filled, self._announced, self.until = 0, False, None, None
+        self._hold(None, 0, None)
+        self.filled, self._announced, self.until = False, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -263,10 +266,12 @@ class _Reference(LogicalLayer):
         assert self.sliding_window is not None
         stored, window = self.kept.shape[1], self.sliding_window - 1
         if self.total > self.prefill_length and stored - self.prompt > window:
-            self.keys, self.values, self.kept = (
+            total, after = self.total, self.next
+            self.keys, self.values, kept = (
                 torch.cat([part.narrow(axis, 0, self.prompt), part.narrow(axis, stored - window, window)], axis)
                 for part, axis in ((self.keys, 2), (self.values, 2), (self.kept, 1))
             )
+            self._hold(kept, total, after)
 
     def reset(self) -> None:
         super().reset()
@@ -330,7 +335,7 @@ def logical_layer(cache: DynamicCache, layer: int, permit: Permit) -> LogicalLay
     if total and new.keys is not None:
         rows, stored, device = new.keys.shape[0], new.keys.shape[-2], new.keys.device
         slots = [torch.arange(first, device=device), torch.arange(total - stored + first, total, device=device)]
-        new.total, new.kept = total, torch.cat(slots).expand(rows, stored)
+        new._hold(torch.cat(slots).expand(rows, stored), total, None)
     cache.layers[layer] = new
     return new
 

@@ -101,6 +101,11 @@ class LogicalLayer(DynamicLayer):
         self._kept, self._total, self._next = kept, total, next_position
         self._stored, self._dropped = self.physical_length(), 0
 
+    def fill(self, kept: Tensor, total: int, next_position: Tensor | None, filled: bool) -> None:
+        """What is stored already are these slots (B, n)."""
+        self._hold(kept, total, next_position)
+        self.filled = filled
+
     @property
     def _added(self) -> int:
         # Not counted while decoding: compiled layers would be compiled again for each number.

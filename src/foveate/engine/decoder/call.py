@@ -42,6 +42,7 @@ class Call:
         decoding: the permit of the reduced cache to which a step of decoding adds a token.
         past: logical length of the cache before the pass that runs.
         short: {number of a module: the lazy frame whose rows it was given}.
+        short_prompt: the pass that runs goes without hooks on the layers.
         keep_hooks: steps of decoding need hooks on the layers; they stay until the end of the call.
     """
 
@@ -60,6 +61,7 @@ class Call:
     decoding: Permit | None = None
     past: int = 0
     short: dict[int, Any] = field(default_factory=dict)
+    short_prompt: Any = None
     keep_hooks: bool = False
 
 

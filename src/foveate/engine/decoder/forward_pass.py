@@ -26,7 +26,7 @@ from ..trace import Trace
 from .cache import LogicalLayer, physical_lengths, reduced_layers
 from .frame import ActiveSet, put_rows, take_rows
 from .lane import LazyFrame, laid_out, short_rows
-from .layer_inputs import LayerInputs
+from .layer_inputs import Handed, LayerInputs
 from .masks import Reach
 from .stages import Stages
 from .taps import counted_from_first, read_rows
@@ -46,6 +46,9 @@ class ForwardPass:
         lane: tells the layers whose output may be handed on as a lazy frame. Asked inside the decoder, where it is
             known whether somebody collects hidden states.
         required: (B, S) bool slots that must stay whatever the method says, or None.
+        embeds: (B, S, D) that the decoder was given, or None.
+        counted: it was given positions, too.
+        uniform: what was given is what entered layer 0, and all layers were handed the same with nobody between them.
     """
 
     anatomy: Anatomy
@@ -57,13 +60,17 @@ class ForwardPass:
     cache: DynamicCache | None = None
     lane: Callable[[], frozenset[int]] = frozenset
     required: Tensor | None = None
+    embeds: Tensor | None = None
+    counted: bool = False
 
+    uniform: bool = False
     first_frame: Tensor | None = None
     _frame: Tensor | None = None
     _reach: Reach | None = None
     _embeddings: Any = None
     _running: LogicalLayer | None = None
     _lane: frozenset[int] | None = None
+    _handed: Handed | None = None
     inputs: LayerInputs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +113,10 @@ class ForwardPass:
             others.pop("hidden_states", None)
         tokens = self.length if rows is not None else self._tokens_of(hidden)
         handed = self.inputs.of(layer, others, self.cache, hidden if rows is None else rows, tokens)
+        if layer == 0:
+            self.uniform, self._handed = self._plain_start(given, others.get("position_ids")), handed
+        else:
+            self.uniform = self.uniform and rows is not None and handed is self._handed
         self._reach, self._embeddings = handed.reach, handed.rope
         self._running = self.inputs.counting
         if self._running is not None:
@@ -120,6 +131,20 @@ class ForwardPass:
         if not args:
             return (), {**changed, "hidden_states": hidden}
         return (hidden, *(changed.pop(name) for name in names)), changed
+
+    def _plain_start(self, hidden: Tensor, positions: Tensor | None) -> bool:
+        if hidden is not self.embeds or tuple(self._due) != (BEFORE_LAYERS,) or self.active is None:
+            return False
+        if self.counted:
+            return True
+        # Asked once for a decoder: does it number the prompt from 0 where nobody says otherwise?
+        return positions is not None and torch.equal(
+            positions[0], torch.arange(self.length, device=positions.device)
+        )  # fmt: skip
+
+    def decide_before(self, hidden: Tensor) -> Tensor:
+        """The stage before layer 0, where the decoder itself is about to be called with `hidden`."""
+        return self._decide(BEFORE_LAYERS, hidden)
 
     def leave(self, layer: int, output: Any) -> Any:
         """After a decoder layer: put its rows in the frame, ask the method. None leaves the output as it is."""

@@ -102,6 +102,11 @@ class LayerInputs:
         """(B, S) for RoPE where they were renumbered."""
         return self._positions
 
+    @property
+    def next(self) -> Tensor | None:
+        """(B, 1) position of the token that follows this pass where positions were renumbered."""
+        return self._next
+
     def slots(self) -> tuple[Tensor, Tensor | None]:
         """(B, n) slots that run, and which of them are no fillers, None: all."""
         if self.active is not None:
@@ -205,7 +210,7 @@ class LayerInputs:
         if source is not None:
             return self.shared.reach(
                 layer, source, given.get("shared_kv_states"), self.active, (*self.slots(), self.past), queries,
-                self._positions is not None, self._implementation,
+                self._positions is not None, self.implementation,
             )  # fmt: skip
         if layer in self.anatomy.keyless or (self.active is None and stored is None):
             return None
@@ -240,13 +245,14 @@ class LayerInputs:
         return self._memo[key][0]
 
     @property
-    def _implementation(self) -> str:
+    def implementation(self) -> str:
+        """Of attention in this decoder."""
         return getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager"
 
     def _mask(self, mask: Any, reach: Reach, dtype: torch.dtype) -> Tensor | None:
         key = ("mask", id(mask), id(reach.keys), reach.window)
         if key not in self._memo:
-            self._memo[key] = (reduced_mask(mask, reach, self._implementation, dtype), mask, reach.keys)
+            self._memo[key] = (reduced_mask(mask, reach, self.implementation, dtype), mask, reach.keys)
         return self._memo[key][0]
 
     def _recurrent_mask(self) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...reduction import BEFORE_LAYERS, OptionError, Reducer, UnsupportedError, bind
-from ..compat import active_collector, check_checkpointing, given_cache
+from ..compat import check_checkpointing, given_cache
 from ..families.parts import Anatomy, resolve
 from ..families.tower import check_traceable
 from ..layout import build_layout
@@ -31,16 +31,16 @@ from .ends import Ends
 from .forward_pass import ForwardPass
 from .hooks import PassingHooks
 from .lane import laid_out
+from .short_prompt import ShortPrompt, learn
 from .slots import checked_visual, required_slots, visual_slots
 from .stages import Stages
 from .steps import Steps
 from .taps import places_of, tap_attention
+from .watchers import short_between, show_whole_prompt
 
 __all__ = ["DecoderSession"]
 
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-_KEEPS_ITS_MEANING = {"hidden_states", "attentions"}
-"""What may be recorded in layers that run on fewer tokens."""
 
 
 class DecoderSession(Session):
@@ -292,10 +292,16 @@ class DecoderSession(Session):
         )  # fmt: skip
         required = required_slots(call.labels, visual, length)
         call.forward_pass = ForwardPass(
-            self.anatomy, rows, length, past, tokens, stages, cache, self._lane, required
+            self.anatomy, rows, length, past, tokens, stages, cache, self._short_between, required,
+            kwargs.get("inputs_embeds"), kwargs.get("position_ids") is not None,
         )  # fmt: skip
-        self._layers.put_in()
         self._ends.put_in()
+        call.short_prompt = ShortPrompt(call.forward_pass, self._undo.hooks)
+        shortened = call.short_prompt.shortened(args, kwargs)
+        if shortened is not None:
+            return args, shortened
+        call.short_prompt = None
+        self._layers.put_in()
         shared = min(self.anatomy.shared_keys, default=self.anatomy.depth)
         if "logits_to_keep" in kwargs and any(self._places.get(s, s) >= shared for s in self.reducer.stages):
             return args, {**kwargs, "logits_to_keep": 0}  # else these stages would be shown the last tokens only
@@ -307,34 +313,19 @@ class DecoderSession(Session):
             self._record(None)
         self._steps.begin(cache, rows, length, past, device)
 
-    def _lane(self) -> frozenset[int]:
-        """Layers behind which the hidden states may stay short.
-
-        Raises:
-            UnsupportedError: something is recorded in the layers that has no meaning for removed tokens.
-        """
-        collected = active_collector.get() or {}
-        strange = next((n for n in collected if not n.startswith("_") and n not in _KEEPS_ITS_MEANING), None)
-        if strange is not None:
-            raise UnsupportedError(
-                f"output_{strange}: removed tokens have no {strange.replace('_', ' ')}, and what is computed of all "
-                f"would be wrong; call the model with output_{strange}=False"
-            )
-        watched_by_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-        if self.anatomy.streams is not None or watched_by_all or "hidden_states" in collected:
-            return frozenset()
-        depth = range(self.anatomy.depth)
-        if not torch.is_grad_enabled():
-            return frozenset(depth)
-        # An autograd function in somebody's hook (FSDP) takes a tensor as it is.
-        watched = {i for i in depth if _watched(self.anatomy.layers[i], self._undo.hooks)}
-        return frozenset(i for i in depth if i not in watched and i + 1 not in watched)
+    def _short_between(self) -> frozenset[int]:
+        return short_between(self.anatomy, self._undo.hooks)
 
     def _decoder_done(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._closed:
             return None
         call = self._call
         done, call.forward_pass = call.forward_pass, None
+        short, call.short_prompt = call.short_prompt, None
+        if short is not None and output is not None:
+            output = short.lengthened(output)
+        elif done is not None and done.uniform:
+            learn(done, output)
         self._steps.end()
         if not call.keep_hooks:
             self._layers.take_out()
@@ -344,7 +335,7 @@ class DecoderSession(Session):
         if trace is not None:
             self._record(trace)
         if done is not None and done.first_frame is not None:
-            _show_whole_prompt(output, done.first_frame)
+            show_whole_prompt(output, done.first_frame)
         return self._finish("decoder", output)
 
     # --------------------------------------------------------------------------------------------------- the layers
@@ -367,21 +358,6 @@ class _OfThread(threading.local):
 
     def __init__(self) -> None:
         self.call = Call()
-
-
-def _watched(layer: nn.Module, ours: frozenset[int]) -> bool:
-    hooks = {**layer._forward_hooks, **layer._forward_pre_hooks}
-    # transformers leaves its recorder installed after the first use; whether it listens is asked elsewhere.
-    return any(
-        key not in ours and getattr(hook, "__name__", "") != "output_capturing_hook" for key, hook in hooks.items()
-    )
-
-
-def _show_whole_prompt(output: Any, frame: Tensor) -> None:
-    """transformers records what layer 0 was given; callers expect the whole prompt there."""
-    states: Any = getattr(output, "hidden_states", None)
-    if states and states[0] is not None and states[0].shape != frame.shape:
-        output.hidden_states = (frame, *states[1:])
 
 
 def _refuse_compiling() -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "LogicalLayer",
     "Permit",
     "check_cache",
+    "fill_layers",
     "logical_layer",
     "physical_lengths",
     "reduced_layers",
@@ -326,11 +327,8 @@ def logical_layer(cache: DynamicCache, layer: int, permit: Permit) -> LogicalLay
     current = cache.layers[layer]
     if isinstance(current, LogicalLayer):
         return current
-    kind = _kind_for(type(current))
-    assert kind is not None  # check_cache has seen to it
     assert isinstance(current, DynamicLayer)
-    total, new = current.get_seq_length(), kind(getattr(current, "sliding_window", None), permit)
-    vars(new).update(vars(current))
+    total, new = current.get_seq_length(), _put_in_place(cache, layer, permit)
     first = 0
     if isinstance(new, _Reference):  # transformers keeps the prompt by itself
         before = vars(new).pop("prefill_keys", None), vars(new).pop("prefill_values", None)
@@ -340,7 +338,24 @@ def logical_layer(cache: DynamicCache, layer: int, permit: Permit) -> LogicalLay
     if total and new.keys is not None:
         rows, stored, device = new.keys.shape[0], new.keys.shape[-2], new.keys.device
         slots = [torch.arange(first, device=device), torch.arange(total - stored + first, total, device=device)]
-        new._hold(torch.cat(slots).expand(rows, stored), total, None)
+        new.fill(torch.cat(slots).expand(rows, stored), total, None, False)
+    return new
+
+
+def fill_layers(
+    cache: DynamicCache, permit: Permit, slots: Tensor, total: int, next_position: Tensor | None, filled: bool
+) -> None:
+    """What the plain layers of a cache hold are the keys of these slots (B, n), of `total` logical ones."""
+    for layer in range(len(cache.layers)):
+        _put_in_place(cache, layer, permit).fill(slots, total, next_position, filled)
+
+
+def _put_in_place(cache: DynamicCache, layer: int, permit: Permit) -> LogicalLayer:
+    current = cache.layers[layer]
+    kind = _kind_for(type(current))
+    assert kind is not None  # check_cache has seen to it
+    new = kind(getattr(current, "sliding_window", None), permit)
+    vars(new).update(vars(current))
     cache.layers[layer] = new
     return new
 

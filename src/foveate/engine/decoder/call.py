@@ -12,6 +12,7 @@ from torch import Tensor
 from ...reduction import UnsupportedError
 from .cache import Permit
 from .forward_pass import ForwardPass
+from .short_prompt import ShortPrompt
 
 __all__ = ["Call", "carries_images", "chunk_size", "prompt_length", "refuse_packing", "tokens_of"]
 
@@ -61,7 +62,7 @@ class Call:
     decoding: Permit | None = None
     past: int = 0
     short: dict[int, Any] = field(default_factory=dict)
-    short_prompt: Any = None
+    short_prompt: ShortPrompt | None = None
     keep_hooks: bool = False
 
 

@@ -48,6 +48,7 @@ class ForwardPass:
         required: (B, S) bool slots that must stay whatever the method says, or None.
         embeds: (B, S, D) that the decoder was given, or None.
         counted: it was given positions, too.
+        again: inside `generate`, where without a cache every token is a prefill of its own.
         uniform: what was given is what entered layer 0, and all layers were handed the same with nobody between them.
     """
 
@@ -62,6 +63,7 @@ class ForwardPass:
     required: Tensor | None = None
     embeds: Tensor | None = None
     counted: bool = False
+    again: bool = False
 
     uniform: bool = False
     first_frame: Tensor | None = None
@@ -91,11 +93,11 @@ class ForwardPass:
     def enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before a decoder layer: hand it the rows that are left."""
         hidden = given = args[0] if args else kwargs["hidden_states"]
+        self.cache = given_cache(args, kwargs)
         if layer == 0 and BEFORE_LAYERS in self._due:
             hidden = self._decide(BEFORE_LAYERS, hidden)
             if hidden is not given or self.active is not None:
                 self.first_frame = hidden
-        self.cache = given_cache(args, kwargs)
         if layer == 0:
             self.inputs.begin(self.cache)
         if self.active is None and self.inputs.plain and len(args) == 1:
@@ -240,6 +242,8 @@ class ForwardPass:
         if decision.keep is not None:
             self._remove(decision.keep, decision.positions or self.stages.reducer.positions)
         self.stages.record(stage, decision, self._active()[:, : self.prompt])
+        if stage == max(self.stages.reducer.stages) and (self.cache is not None or not self.again):
+            self.stages.release()
         return hidden
 
     def _remove(self, keep: Tensor, positions: Positions) -> None:

@@ -291,16 +291,17 @@ class DecoderSession(Session):
             build_layout(self._facts, visual, info, items), info, self._vision, groups, self._places,
         )  # fmt: skip
         required = required_slots(call.labels, visual, length)
-        call.forward_pass = ForwardPass(
+        now = ForwardPass(
             self.anatomy, rows, length, past, tokens, stages, cache, self._short_between, required,
-            kwargs.get("inputs_embeds"), kwargs.get("position_ids") is not None,
+            kwargs.get("inputs_embeds"), kwargs.get("position_ids") is not None, call.generating,
         )  # fmt: skip
         self._ends.put_in()
-        call.short_prompt = ShortPrompt(call.forward_pass, self._undo.hooks)
-        shortened = call.short_prompt.shortened(args, kwargs)
+        short = ShortPrompt(now, self._undo.hooks)
+        shortened = short.shortened(args, kwargs)
         if shortened is not None:
+            call.short_prompt = short  # and no forward pass: hooks that another thread puts in are none of ours
             return args, shortened
-        call.short_prompt = None
+        call.forward_pass = now
         self._layers.put_in()
         shared = min(self.anatomy.shared_keys, default=self.anatomy.depth)
         if "logits_to_keep" in kwargs and any(self._places.get(s, s) >= shared for s in self.reducer.stages):
@@ -323,7 +324,7 @@ class DecoderSession(Session):
         done, call.forward_pass = call.forward_pass, None
         short, call.short_prompt = call.short_prompt, None
         if short is not None and output is not None:
-            output = short.lengthened(output)
+            output, done = short.lengthened(output), short.now
         elif done is not None and done.uniform:
             learn(done, output)
         self._steps.end()

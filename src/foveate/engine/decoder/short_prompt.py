@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...reduction import BEFORE_LAYERS
 from ..compat import given_cache, returned_cache
-from .cache import logical_layer
+from .cache import fill_layers
 from .forward_pass import ForwardPass
 from .frame import take_rows
 from .lane import LazyFrame
@@ -33,18 +33,20 @@ _PLAIN: WeakSet[nn.Module] = WeakSet()
 class ShortPrompt:
     """Of one pass.
 
-    Args:
+    Attributes:
         now: the pass.
+
+    Args:
         hooks: numbers of the session's own hooks.
     """
 
     def __init__(self, now: ForwardPass, hooks: frozenset[int]):
-        self._now, self._hooks = now, hooks
+        self.now, self._hooks = now, hooks
         self._frame: Tensor | None = None
 
     def shortened(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """What the decoder is to be called with; None: leave it to the hooks."""
-        now, embeds = self._now, kwargs.get("inputs_embeds")
+        now, embeds = self.now, kwargs.get("inputs_embeds")
         if args or embeds is None or not self._fits(kwargs):
             return None
         self._frame = now.decide_before(embeds)
@@ -69,7 +71,7 @@ class ShortPrompt:
         return {**kwargs, "inputs_embeds": rows, "attention_mask": mask, "position_ids": positions}
 
     def _fits(self, kwargs: Mapping[str, Any]) -> bool:
-        now, parts = self._now, self._now.anatomy
+        now, parts = self.now, self.now.anatomy
         mask, cache = kwargs.get("attention_mask"), given_cache((), kwargs)
         others = (value for name, value in kwargs.items() if name not in _TAKEN)
         return (
@@ -89,16 +91,16 @@ class ShortPrompt:
 
     def lengthened(self, output: Any) -> Any:
         """What the decoder returned, for the whole prompt."""
-        now, frame = self._now, self._frame
+        now, frame = self.now, self._frame
         active = now.active
         if active is None or frame is None:
             return output
+        now.inputs.keys_per_layer = [active.size] * now.anatomy.depth
         now.cache = cache = returned_cache(output)
         if cache is not None:
             permit, new = now.inputs.permit(cache), active.index
             kept = new if active.valid is None else torch.where(active.valid, new, -1)
-            for layer in range(now.anatomy.depth):
-                logical_layer(cache, layer, permit).fill(kept, now.length, now.inputs.next, active.valid is not None)
+            fill_layers(cache, permit, kept, now.length, now.inputs.next, active.valid is not None)
         norm = now.anatomy.decoder.norm
         output["last_hidden_state"] = LazyFrame(output.last_hidden_state, active, lambda: norm.forward(frame))
         return output

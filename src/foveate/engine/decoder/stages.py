@@ -132,6 +132,12 @@ class Stages:
         place, scores = self.places.get(stage, stage), None if scores is None else scores.detach()
         self.trace.records.append(StageRecord(place, active, origin, scores))
 
+    def release(self) -> None:
+        """The last stage is done: let go of what was read in the vision tower."""
+        self._patches, self._project = None, None
+        if self.vision is not None:
+            self.vision.clear()
+
     def _seen(self, hidden: Tensor) -> tuple[dict[int, Patches], Callable[[Tensor], Tensor] | None]:
         """What was read in the vision tower, aligned once per pass, and the projector if single features have one."""
         if self.vision is not None and self._patches is None:

@@ -21,12 +21,10 @@ _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 def is_watched(module: nn.Module, ours: frozenset[int]) -> bool:
     """Whether a module has hooks of somebody else; `ours` are the numbers of the session's own."""
-    # transformers leaves its recorder installed after the first use; whether it listens is asked elsewhere.
-    return any(
-        key not in ours and getattr(hook, "__name__", "") != "output_capturing_hook"
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for key, hook in hooks.items()
-    )
+    # A copy: another thread may put in its hooks. transformers leaves its recorder installed after the first use;
+    # whether it listens is asked elsewhere.
+    hooks = [*module._forward_hooks.items(), *module._forward_pre_hooks.items()]
+    return any(key not in ours and getattr(hook, "__name__", "") != "output_capturing_hook" for key, hook in hooks)
 
 
 def watched_everywhere() -> bool:

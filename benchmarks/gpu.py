@@ -301,7 +301,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="M", help=", ".join(MODELS)
     )
     parser.add_argument("--methods", nargs="+", choices=every, default=every, metavar="M", help="; ".join(every))
-    parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=list(SIZES), help="visual tokens")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, choices=SIZES, help="visual tokens (both; --small: a 16th, of 576)"
+    )
     parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="rows (1 8; --small: 2)")
     parser.add_argument("--keep", type=float, default=2 / 9, help="fraction of visual tokens (2/9: 128 of 576)")
     parser.add_argument("--repeats", type=int, help="counted rounds, time permitting (3; --small: 1)")
@@ -309,9 +311,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="results as they come; the table beside it, as .md")
     parser.add_argument("--resume", action="store_true", help="go on with the FILE of --json")
     options = parser.parse_args(arguments)
-    batches, repeats, steps = ([2], 1, 2) if options.small else ([1, 8], 3, 8)
-    options.batches, options.repeats = options.batches or batches, options.repeats or repeats
-    options.steps = options.steps or steps
+    sizes, batches, repeats, steps = ([576], [2], 1, 2) if options.small else ([*SIZES], [1, 8], 3, 8)
+    options.sizes, options.batches = options.sizes or sizes, options.batches or batches
+    options.repeats, options.steps = options.repeats or repeats, options.steps or steps
     if min(options.minutes, options.repeats, options.steps, *options.batches) <= 0 or not 0 < options.keep <= 1:
         parser.error("--minutes, --repeats, --steps and --batches are positive, --keep is in (0, 1]")
     if options.resume and options.json is None:

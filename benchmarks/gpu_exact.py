@@ -62,7 +62,7 @@ def _write(decision: Decision | None, hidden: Tensor) -> Tensor:
         return hidden
     hidden = hidden.clone()
     for row, (slots, values) in enumerate(zip(decision.slots, decision.values)):
-        hidden[row, slots[slots >= 0]] = values[slots >= 0].to(hidden.dtype)
+        hidden[row, slots[slots >= 0]] = values[slots >= 0].to(hidden)
     return hidden
 
 
@@ -127,10 +127,10 @@ def largest_difference(model: Any, prompt: dict[str, Tensor], reducer: Reducer, 
             trace = session.trace
     finally:
         model.set_attn_implementation("sdpa")
-    removed, left = {}, trace.tokens
+    removed, left = {}, trace.tokens.to(logits.device)  # wherever a trace is kept
     for stage in trace.stages:
-        removed[stage] = left & ~trace.active(stage)
-        left = trace.active(stage)
+        active = trace.active(stage).to(logits.device)
+        removed[stage], left = left & ~active, active
     with _blind(model, removed, said):
         expected, expected_steps = _run(model, prompt)
     scale = max(1.0, expected.abs().max().item())

@@ -77,6 +77,7 @@ class LogicalLayer(DynamicLayer):
         until: (B, n) first decoder layer that must not see a stored key, where later layers share the keys of this
             one and tokens were removed in between; None: all see all.
         permit: of the cache.
+        announced: `kept` and `next` as they will be after the pass, and the logical length that it adds.
     """
 
     is_croppable = True
@@ -88,7 +89,7 @@ class LogicalLayer(DynamicLayer):
         self.permit = permit or Permit()
         self.filled = self.running = self.record_past = False
         self.until: Tensor | None = None
-        self._announced: tuple[Tensor, Tensor | None, int] | None = None
+        self.announced: tuple[Tensor, Tensor | None, int] | None = None
         self._kept: Tensor | None = None
         self._next: Tensor | None = None
         self._total = self._stored = self._dropped = 0
@@ -96,7 +97,7 @@ class LogicalLayer(DynamicLayer):
 
     def announce(self, kept: Tensor, next_position: Tensor | None, length: int) -> None:
         """Called before the layer runs: `kept` and `next` as they will be afterwards, and the logical length added."""
-        self._announced = (kept, next_position, length)
+        self.announced = (kept, next_position, length)
 
     def _hold(self, kept: Tensor | None, total: int, next_position: Tensor | None) -> None:
         self._kept, self._total, self._next = kept, total, next_position
@@ -142,14 +143,14 @@ class LogicalLayer(DynamicLayer):
         return None if self._next is None else self._next + self._added
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self._announced is None and not self.permit.granted:
+        if self.announced is None and not self.permit.granted:
             raise RuntimeError(
                 "this KV cache holds reduced prompts: use it only while the reduction that filled it is applied"
             )
-        before = self.total if self._announced is not None else 0
+        before = self.total if self.announced is not None else 0
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if self._announced is not None:
-            (kept, after, length), self._announced = self._announced, None
+        if self.announced is not None:
+            (kept, after, length), self.announced = self.announced, None
             self._hold(kept, before + length, after)
         if self.until is not None:
             self.until = pad(self.until, (0, self.physical_length() - self.until.shape[1]), value=SEEN_BY_ALL)
@@ -204,7 +205,7 @@ class LogicalLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self._hold(None, 0, None)
-        self.filled, self._announced, self.until = False, None, None
+        self.filled, self.announced, self.until = False, None, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

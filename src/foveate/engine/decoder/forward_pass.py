@@ -168,6 +168,11 @@ class ForwardPass:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
+    def give_up(self) -> None:
+        """Something failed in the decoder: layers of the cache that were told of tokens will not get them."""
+        for layer in reduced_layers(self.cache):
+            layer.announced = None
+
     def finish(self) -> Trace | None:
         """After the decoder: the completed trace of a prefill with images, else None."""
         if self.stages is None:

@@ -101,6 +101,9 @@ class DecoderSession(Session):
     # ------------------------------------------------------------------------------------------------ installing
     def _install(self) -> None:
         parts, undo, reducer = self.anatomy, self._undo, self.reducer
+        self._layers = PassingHooks(undo, parts.layers, self._layer_called, self._layer_done)
+        self._steps = Steps(undo, parts, self._layers, lambda: self._call)
+        self._ends = Ends(undo, parts, lambda: self._call)
         undo.pre_hook(parts.model, self._model_called, with_kwargs=True)
         undo.hook(parts.model, self._model_done, always_call=True)
         if parts.base is not parts.model:
@@ -108,9 +111,6 @@ class DecoderSession(Session):
             undo.hook(parts.base, self._base_done, always_call=True)
         undo.pre_hook(parts.decoder, self._decoder_called, with_kwargs=True)
         undo.hook(parts.decoder, self._decoder_done, always_call=True)
-        self._layers = PassingHooks(undo, parts.layers, self._layer_called, self._layer_done)
-        self._steps = Steps(undo, parts, self._layers, lambda: self._call)
-        self._ends = Ends(undo, parts, lambda: self._call)
         self._places = places_of(reducer, parts)
         read = {self._places.get(stage, stage) for stage, spec in reducer.taps.items() if spec.queries is not None}
         for i in sorted(read):
@@ -330,6 +330,8 @@ class DecoderSession(Session):
         self._steps.end()
         if not call.keep_hooks:
             self._layers.take_out()
+        if output is None and done is not None:
+            done.give_up()
         trace = done.finish() if done is not None and output is not None else None
         if trace is not None and self._tower is not None:
             trace.tower = list(self._tower.calls)

@@ -6,7 +6,7 @@ one, nothing outside the decoder layers can tell that tokens are missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,22 +47,26 @@ class Permit:
 
     Attributes:
         granted: a pass of the session that filled the cache runs, so that tokens may be added.
+        counts: a layer whose `next` holds in all layers.
         at_every_step: a step of decoding has to tell each layer what it sees: fillers, positions of its own.
         window: the narrowest sliding window of a reduced layer; beyond it a step has to, too.
     """
 
     granted: bool = False
+    counts: LogicalLayer | None = None
     at_every_step: bool = False
     window: int | None = None
 
-    def settle(self, layers: Iterable[LogicalLayer]) -> None:
-        """After a pass that has told each layer."""
-        layers = list(layers)
+    def settle(self, cache: Any) -> None:
+        """After a pass that has told each layer of a cache."""
+        layers = list(reduced_layers(cache))
+        others = any(isinstance(layer, DynamicLayer) and not isinstance(layer, LogicalLayer) for layer in cache.layers)
+        self.counts = None if others or len({id(layer._next) for layer in layers}) > 1 else layers[0]
         self.at_every_step = any(
             isinstance(layer, _Counting | _Reference)
             or layer.filled
-            or layer.next is not None
             or layer.until is not None
+            or (layer._next is not None and self.counts is None)
             for layer in layers
         )
         self.window = min((w for w in (layer.sliding_window for layer in layers) if w is not None), default=None)
@@ -140,7 +144,7 @@ class LogicalLayer(DynamicLayer):
     @property
     def next(self) -> Tensor | None:
         """(B, 1) position of the next token in this layer, None where the model's own positions hold."""
-        return None if self._next is None else self._next + self._added
+        return self._next if self._next is None or not self._added else self._next + self._added
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.announced is None and not self.permit.granted:

@@ -181,7 +181,7 @@ class ForwardPass:
         if self.active is not None and self.cache is not None:
             permit = inputs.permit(self.cache)
             inputs.shared.remember(self.cache, permit, self.stages.trace, self.active)
-            permit.settle(reduced_layers(self.cache))
+            permit.settle(self.cache)
         stored = physical_lengths(self.cache) if self.cache is not None else []
         self.stages.trace.kv_lengths = stored if any(stored) else inputs.keys_per_layer
         return self.stages.trace

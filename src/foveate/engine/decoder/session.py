@@ -270,8 +270,8 @@ class DecoderSession(Session):
         past = int(cache.get_seq_length()) if cache is not None else 0
         visual, items = visual_slots(self.anatomy, self.given, call, rows, length, past, kwargs)
         if visual is None:
-            self._text_called(cache, rows, length, past, inputs.device)
-            return None
+            positions = self._text_called(cache, rows, length, past, inputs.device)
+            return None if positions is None else (args, {**kwargs, "position_ids": positions})
         check_cache(cache)
         check_checkpointing(self.anatomy.base.modules())
         if call.chunk:
@@ -308,11 +308,11 @@ class DecoderSession(Session):
             return args, {**kwargs, "logits_to_keep": 0}  # else these stages would be shown the last tokens only
         return None
 
-    def _text_called(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> None:
+    def _text_called(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> Tensor | None:
         call = self._call
         if not call.generating and (not past or length > 1):
             self._record(None)
-        self._steps.begin(cache, rows, length, past, device)
+        return self._steps.begin(cache, rows, length, past, device)
 
     def _short_between(self) -> frozenset[int]:
         return short_between(self.anatomy, self._undo.hooks)

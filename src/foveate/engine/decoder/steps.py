@@ -7,11 +7,12 @@ kind; the other layers have no hooks.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compat import given_cache
 from ..families.layers import positional_names
@@ -37,21 +38,29 @@ class Steps(Shared):
 
     def __init__(self, undo: Undo, anatomy: Anatomy, hooks: PassingHooks, call: Callable[[], Call]):
         self._anatomy, self._hooks, self._call = anatomy, hooks, call
+        self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder.forward).parameters
         for i in _first_of_each_kind(anatomy):
             undo.pre_hook(anatomy.layers[i], functools.partial(self._asked, i), with_kwargs=True)
 
-    def begin(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> None:
-        """A pass of `length` tokens begins in the decoder; `past` is the logical length of its cache."""
+    def begin(self, cache: Any, rows: int, length: int, past: int, device: torch.device) -> Tensor | None:
+        """A pass of `length` tokens begins in the decoder; `past` is the logical length of its cache.
+
+        Returns:
+            (B, 1) its position, where the model's own does not hold in any layer.
+        """
         permit = next((layer.permit for layer in reduced_layers(cache)), None)
         if permit is None:
-            return
+            return None
         call = self._call()
         call.past = past
         beyond = permit.window is not None and past + length > permit.window
-        if length > 1 or beyond or permit.at_every_step or call.keep_hooks:
+        counted = None if permit.counts is None else permit.counts.next
+        blind = counted is not None and not self._takes_positions
+        if length > 1 or beyond or permit.at_every_step or call.keep_hooks or blind:
             self._tell(cache, rows, length, device)
-        else:
-            permit.granted, call.decoding = True, permit
+            return None
+        permit.granted, call.decoding = True, permit
+        return counted
 
     def end(self) -> None:
         """The pass is over."""

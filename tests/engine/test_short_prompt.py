@@ -18,7 +18,10 @@ from foveate.engine.compat import CACHE_NAME, returned_cache
 from foveate.engine.decoder import short_prompt
 
 BY_FAMILY = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES]
-CLEAN = {"llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3"}
+CLEAN = {
+    "llava", "llava_next", "llava_onevision", "vipllava", "qwen2_vl", "qwen2_5_vl", "internvl", "idefics3", "smolvlm",
+    "glm4v",
+}  # fmt: skip
 """Families whose decoder does nothing with the prompt but what its layers do."""
 RECORDER = "output_capturing_hook"
 """What transformers leaves behind when it has recorded once."""
@@ -157,3 +160,69 @@ def test_who_asks_for_more_gets_it(asked: dict[str, Any]):
         assert all(torch.equal(a, b) for a, b in zip(actual.hidden_states, expected.hidden_states))
     if not asked:
         assert seen[0].shape[:2] == prompt["input_ids"].shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["", "rotary_emb", "norm", "embed_tokens", "layers.3"])
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+def test_hooks_of_the_user_see_the_whole_prompt(kind: str, where: str):
+    """And may change it, once the decoder is known, too."""
+    model = copy.deepcopy(build_once("llava"))
+    prompt = inputs("llava", model)
+    removed = draw_removed(prompt["input_ids"], {-1: [8, 9]})
+    module, lengths = model.get_decoder().get_submodule(where), []
+
+    def watch(module: Any, args: tuple, kwargs: dict[str, Any], *output: Any) -> None:
+        tensors = [*args, *kwargs.values(), *(output[0].values() if output and isinstance(output[0], dict) else output)]
+        lengths.extend(x.shape[1] for x in tensors if isinstance(x, Tensor) and x.dim() == 3)
+
+    with foveate.apply(model, Fixed(removed)):
+        expected = model(**prompt).logits
+        model(**prompt)
+        register = module.register_forward_hook if kind == "hook" else module.register_forward_pre_hook
+        register(watch, with_kwargs=True)
+        actual = model(**prompt).logits
+    whole = prompt["input_ids"].shape[1]
+    assert lengths or where == "embed_tokens"
+    assert whole in lengths or where in ("embed_tokens", "norm", "layers.3"), "layers and norm are given rows"
+    assert largest(actual - expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_window_that_is_set_later_counts():
+    """What a decoder has shown holds as long as it is what it was."""
+    model = copy.deepcopy(build_once("mistral3"))
+    prompt = inputs("mistral3", model)
+    removed = draw_removed(prompt["input_ids"], {-1: [8, 9]})
+    kept = prompt["attention_mask"].bool() & ~all_removed(removed)
+    with foveate.apply(model, Fixed(removed)):
+        model(**prompt)
+        model(**prompt)
+    decoder = model.get_decoder()
+    decoder.config.sliding_window = 6
+    for layer in decoder.layers:
+        layer.self_attn.sliding_window = 6
+    with MaskedReference(model, removed):
+        expected = model(**prompt).logits
+    with foveate.apply(model, Fixed(removed)):
+        assert largest((model(**prompt).logits - expected)[kept]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_step_that_is_interrupted_leaves_the_cache_closed():
+    model = copy.deepcopy(build_once("llava"))
+    prompt = inputs("llava", model, batch=1)
+    removed = draw_removed(prompt["input_ids"], {-1: [8]})
+    token = torch.full((1, 1), 9)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with foveate.apply(model, Fixed(removed)):
+        cache = returned_cache(model(**prompt, use_cache=True))
+        handle = model.get_decoder().layers[3].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=token, **{CACHE_NAME: cache})
+        handle.remove()
+    with pytest.raises(RuntimeError, match="holds reduced prompts"):
+        model(input_ids=token, **{CACHE_NAME: cache})

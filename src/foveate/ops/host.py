@@ -29,12 +29,19 @@ def to_host(*tensors: Tensor) -> list[np.ndarray]:
     """The tensors of one device as arrays, after one copy. On a CPU they share memory: not to be written to."""
     tensors = tuple(tensor.detach() for tensor in tensors)
     if tensors[0].device.type == "cpu":
-        return [tensor.numpy() for tensor in tensors]
+        return [_array(tensor) for tensor in tensors]
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # so that all are aligned
     flat = torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]).cpu()
     parts = flat.split([tensors[i].numel() * tensors[i].element_size() for i in order])
     arrays = {i: part.view(tensors[i].dtype).view(tensors[i].shape).numpy() for i, part in zip(order, parts)}
     return [arrays[i] for i in range(len(tensors))]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    try:
+        return tensor.numpy()
+    except RuntimeError:  # inside torch.func, where a tensor has no memory of its own
+        return np.array(tensor.tolist(), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
 def to_device(values: Sequence[Any] | np.ndarray | Tensor, device: torch.device) -> Tensor:

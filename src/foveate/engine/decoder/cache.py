@@ -41,7 +41,7 @@ SEEN_BY_ALL = 10**6
 """`LogicalLayer.until` of a key that no layer loses."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Permit:
     """What the reduced layers of one cache share.
 

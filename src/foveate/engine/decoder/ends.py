@@ -15,6 +15,7 @@ from ..undo import Shared, Undo
 from .call import Call
 from .hooks import PassingHooks
 from .lane import LazyFrame, short_rows
+from .logits import LazyLogits, rows_of
 
 __all__ = ["Ends"]
 
@@ -46,8 +47,7 @@ class Ends(Shared):
         if frame is None:
             return None
         if module is self._head:
-            shape = (*frame.shape[:2], *output.shape[2:])
-            return LazyFrame(output, frame.active, lambda: output.new_zeros(shape))
+            return LazyLogits.of(output, frame.active)
         return LazyFrame(output, frame.active, lambda: module.forward(frame.base))
 
 
@@ -62,4 +62,4 @@ def _loss(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
     shifted = pad(labels, (0, 1), value=ignored)[:, 1:].gather(1, index)
     if active.valid is not None:
         shifted = shifted.masked_fill(~active.valid.to(labels.device), ignored)
-    return ForCausalLMLoss(rows, labels, *args, **{**kwargs, "shift_labels": shifted})
+    return ForCausalLMLoss(rows_of(logits), labels, *args, **{**kwargs, "shift_labels": shifted})

@@ -6,7 +6,8 @@ takes the rows; whoever else touches it (DeepStack, a hook, an operation of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,25 +49,34 @@ class LazyFrame(Tensor):
     active: ActiveSet
     full: Tensor | None
     _others: Tensor | Callable[[], Tensor]
+    _graph: bool
 
     @staticmethod
     def __new__(cls, rows: Tensor, active: ActiveSet, base: Tensor | Callable[[], Tensor]) -> LazyFrame:
+        return cls._of(rows, active, base, leaf=rows.requires_grad)
+
+    @classmethod
+    def _of(cls, rows: Tensor, active: ActiveSet, base: Tensor | Callable[[], Tensor], leaf: bool) -> Any:
         shape = (*active.keep.shape, *rows.shape[2:])
         # A wrapper without memory of its own: what goes round Python fails, it cannot read rubbish.
-        frame = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=rows.dtype, device=rows.device, requires_grad=rows.requires_grad
-        )
-        frame.__dict__.update(rows=rows, active=active, full=None, _others=base)
-        if rows.requires_grad:
+        frame = Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype, device=rows.device, requires_grad=leaf)
+        frame.__dict__.update(rows=rows, active=active, full=None, _others=base, _graph=torch.is_grad_enabled())
+        if leaf:
             with torch._C.DisableTorchFunctionSubclass():
                 frame.register_hook(_lost)
         return frame
+
+    @contextmanager
+    def _as_made(self) -> Iterator[None]:
+        """The modes in which the frame was made, whoever looks at it when."""
+        with torch.inference_mode(self.rows.is_inference()), torch.set_grad_enabled(self._graph):
+            yield
 
     @property
     def base(self) -> Tensor:
         """What the other slots hold, (B, S, ...)."""
         if not isinstance(self._others, Tensor):
-            with torch.inference_mode(self.rows.is_inference()):
+            with self._as_made():
                 self._others = self._others()
         return self._others
 
@@ -74,11 +84,11 @@ class LazyFrame(Tensor):
         """The frame, (B, S, ...), an ordinary tensor."""
         if self.full is None:
             base = self.base
-            with torch.inference_mode(self.rows.is_inference()):
+            with self._as_made():
                 self.full = put_rows(base, self.active, self.rows)
         return self.full
 
-    def each_row(self, function: Callable[[Tensor], Tensor]) -> LazyFrame:
+    def each_row(self, function: Callable[[Tensor], Tensor]) -> Any:
         """The same done to each row by itself."""
         return LazyFrame(function(self.rows), self.active, lambda: function(self.base))
 
@@ -101,7 +111,7 @@ class LazyFrame(Tensor):
                 return first.each_row(lambda rows: function(rows, *args[1:]))
             if function is Tensor.to and _stays(first, args[1:], kwargs):
                 return first
-        args, kwargs = tree_map_only(LazyFrame, LazyFrame.lay_out, (args, kwargs))
+        args, kwargs = tree_map_only(LazyFrame, lambda frame: frame.lay_out(), (args, kwargs))
         return function(*args, **kwargs)
 
     @classmethod
@@ -109,7 +119,7 @@ class LazyFrame(Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """Reached by what does not ask `__torch_function__`."""
-        args, kwargs = tree_map_only(LazyFrame, LazyFrame.lay_out, (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyFrame, lambda frame: frame.lay_out(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

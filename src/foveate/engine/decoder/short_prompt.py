@@ -7,7 +7,7 @@ has, and wherever a call asks for more, the hooks do the work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...reduction import BEFORE_LAYERS
 from ..compat import given_cache, returned_cache
+from ..families.parts import Anatomy
 from .cache import fill_layers
 from .forward_pass import ForwardPass
 from .frame import take_rows
@@ -76,17 +77,17 @@ class ShortPrompt:
         others = (value for name, value in kwargs.items() if name not in _TAKEN)
         return (
             parts.decoder in _PLAIN
+            and _is_ordinary(now)
             and now.stages is not None
             and tuple(now.stages.due) == (BEFORE_LAYERS,)
             and not now.past
-            and now.inputs.implementation in ("sdpa", "eager")
             and (mask is None or (isinstance(mask, Tensor) and mask.shape == (now.rows, now.length)))
             and (cache is None or (type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)))
             and all(value is None or isinstance(value, bool | int | float | str) for value in others)
             and kwargs.get("return_dict") is not False
             and not asks_for_states(parts.text_config, kwargs)
             and not watched_everywhere()
-            and not any(is_watched(module, self._hooks) for module in (*parts.layers, parts.decoder.norm))
+            and not any(is_watched(module, self._hooks) for module in _inside(parts))
         )
 
     def lengthened(self, output: Any) -> Any:
@@ -108,16 +109,25 @@ class ShortPrompt:
 
 def learn(now: ForwardPass, output: Any) -> None:
     """After a prefill with hooks: note a decoder that would have done the same on the shorter prompt."""
+    norm = getattr(now.anatomy.decoder, "norm", None)
+    short = isinstance(getattr(output, "last_hidden_state", None), LazyFrame)
+    if now.uniform and short and isinstance(norm, nn.Module) and _is_ordinary(now):
+        _PLAIN.add(now.anatomy.decoder)
+
+
+def _is_ordinary(now: ForwardPass) -> bool:
+    """Whether every layer attends to all tokens before its own, and nothing else. Configurations may change."""
     parts = now.anatomy
     types = set(getattr(parts.text_config, "layer_types", None) or ["full_attention"])
-    ordinary = not (parts.keyless or parts.shared_keys or parts.streams or parts.reads_padding or parts.keeps_inputs)
-    if (
-        now.uniform
-        and ordinary
-        and types == {"full_attention"}
-        and not any(parts.sliding_windows)
-        and now.inputs.implementation in ("sdpa", "eager")
-        and isinstance(getattr(parts.decoder, "norm", None), nn.Module)
-        and isinstance(getattr(output, "last_hidden_state", None), LazyFrame)
-    ):
-        _PLAIN.add(parts.decoder)
+    special = parts.keyless or parts.shared_keys or parts.streams or parts.reads_padding or parts.keeps_inputs
+    windows = any(parts.sliding_windows)
+    return (
+        not special and not windows and types == {"full_attention"} and now.inputs.implementation in ("sdpa", "eager")
+    )
+
+
+def _inside(parts: Anatomy) -> Iterator[nn.Module]:
+    """Modules that are handed the prompt or what is made of it."""
+    yield parts.decoder
+    for module in parts.decoder.children():
+        yield from module if isinstance(module, nn.ModuleList) else (module,)

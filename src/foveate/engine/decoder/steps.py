@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..compat import given_cache
 from ..families.layers import positional_names
 from ..families.parts import Anatomy
 from ..undo import Shared, Undo
-from .cache import reduced_layers
+from .cache import Permit, reduced_layers
 from .call import Call
 from .forward_pass import ForwardPass
 from .hooks import PassingHooks
@@ -38,6 +39,8 @@ class Steps(Shared):
 
     def __init__(self, undo: Undo, anatomy: Anatomy, hooks: PassingHooks, call: Callable[[], Call]):
         self._anatomy, self._hooks, self._call = anatomy, hooks, call
+        self._granted: WeakSet[Permit] = WeakSet()
+        undo.then(self._revoke)
         self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder.forward).parameters
         for i in _first_of_each_kind(anatomy):
             undo.pre_hook(anatomy.layers[i], functools.partial(self._asked, i), with_kwargs=True)
@@ -60,7 +63,13 @@ class Steps(Shared):
             self._tell(cache, rows, length, device)
             return None
         permit.granted, call.decoding = True, permit
+        self._granted.add(permit)
         return counted
+
+    def _revoke(self) -> None:
+        """A step that was interrupted (Ctrl-C) has not ended by itself."""
+        for permit in self._granted:
+            permit.granted = False
 
     def end(self) -> None:
         """The pass is over."""

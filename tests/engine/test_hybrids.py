@@ -316,6 +316,17 @@ class TestCopiesOfTheHiddenStates:
         assert largest(plain[:, -1] - expected[:, 0]) > 1e-2
         assert torch.equal(model(**prompt).logits, plain)
 
+    @torch.no_grad()
+    def test_one_row_whose_steps_have_a_mask(self):
+        """Eager attention always has one. The first axis of hidden states is not that of the samples."""
+        model, prompt = _gemma3n(0), {"input_ids": self.ids[1:], "attention_mask": self.mask[1:]}
+        model.set_attn_implementation("eager")
+        removed = _draw(self.visual[1:], {1: [0.6]})
+        with MaskedReference(model, removed):
+            expected = _generate(model, prompt, 4)[1]
+        with foveate.apply(model, Fixed(removed), visual=self.visual[1:]):
+            assert largest(_generate(model, prompt, 4)[1] - expected) <= TOLERANCE
+
     @pytest.mark.parametrize("assigned", ["euclidean", "cosine"])
     @torch.no_grad()
     def test_tokens_are_merged_in_every_copy(self, assigned: str):

@@ -41,7 +41,7 @@ class Call:
         reduced: a pass of this call has seen visual slots.
         labels: of the model that runs.
         decoding: the permit of the reduced cache to which a step of decoding adds a token.
-        past: logical length of the cache before the pass that runs.
+        past, rows: of a pass over a reduced cache: its logical length before, and the samples.
         short: {number of a module: the lazy frame whose rows it was given}.
         short_prompt: the pass that runs goes without hooks on the layers.
         keep_hooks: steps of decoding need hooks on the layers; they stay until the end of the call.
@@ -61,6 +61,7 @@ class Call:
     labels: Tensor | None = None
     decoding: Permit | None = None
     past: int = 0
+    rows: int = 0
     short: dict[int, Any] = field(default_factory=dict)
     short_prompt: ShortPrompt | None = None
     keep_hooks: bool = False

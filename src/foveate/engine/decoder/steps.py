@@ -55,7 +55,7 @@ class Steps(Shared):
         if permit is None:
             return None
         call = self._call()
-        call.past = past
+        call.past, call.rows = past, rows
         beyond = permit.window is not None and past + length > permit.window
         counted = None if permit.counts is None else permit.counts.next
         blind = counted is not None and not self._takes_positions
@@ -94,7 +94,7 @@ class Steps(Shared):
             return None
         self.end()
         hidden = args[0] if args else kwargs["hidden_states"]
-        told = self._tell(given_cache(args, kwargs), hidden.shape[0], 1, hidden.device)
+        told = self._tell(given_cache(args, kwargs), call.rows, 1, hidden.device)
         return told.enter(layer, module, args, kwargs)
 
 

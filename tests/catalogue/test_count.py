@@ -50,9 +50,9 @@ class TestTheCountItself:
             self.judged(monkeypatch, _Idle())
 
     def test_positions_that_are_not_the_twins(self, monkeypatch: pytest.MonkeyPatch):
-        real = foveate.engine.decoder.forward_pass.take_rope
+        real = foveate.engine.decoder.layer_inputs.take_rope
         monkeypatch.setattr(
-            "foveate.engine.decoder.forward_pass.take_rope", lambda rope, index, length: real(rope, index * 0, length)
+            "foveate.engine.decoder.layer_inputs.take_rope", lambda rope, index, length: real(rope, index * 0, length)
         )
         with pytest.raises(Wrong, match="forward"):
             self.judged(monkeypatch, foveate.FastV(keep=0.5, layer=1))

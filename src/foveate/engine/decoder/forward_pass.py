@@ -73,6 +73,7 @@ class ForwardPass:
     _running: LogicalLayer | None = None
     _lane: frozenset[int] | None = None
     _handed: Handed | None = None
+    _inside: int | None = None
     inputs: LayerInputs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +93,9 @@ class ForwardPass:
     # ------------------------------------------------------------------------------------------------- layers
     def enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before a decoder layer: hand it the rows that are left."""
+        if layer == self._inside:
+            return None  # told by the hook that asks for a mask, while hooks of another thread are in
+        self._inside = layer
         hidden = given = args[0] if args else kwargs["hidden_states"]
         self.cache = given_cache(args, kwargs)
         if layer == 0 and BEFORE_LAYERS in self._due:
@@ -150,6 +154,7 @@ class ForwardPass:
 
     def leave(self, layer: int, output: Any) -> Any:
         """After a decoder layer: put its rows in the frame, ask the method. None leaves the output as it is."""
+        self._inside = None
         hidden = output[0] if isinstance(output, tuple) else output
         new, due = hidden, self._due.get(layer, ())
         if self.active is not None and self._frame is not None:

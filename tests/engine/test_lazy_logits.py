@@ -81,7 +81,7 @@ def test_hooks_on_logits_see_the_gradient_of_the_loss(stage: int):
     assert not output.logits.grad.any()
 
 
-def test_what_scales_logits_keeps_the_graph(monkeypatch: pytest.MonkeyPatch):
+def test_what_scales_logits_keeps_the_graph():
     """Soft caps, scales and casts between the head and the loss."""
     model, prompt, removed, _ = _case()
     head = model.get_output_embeddings()
